@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use crate::{
-    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, Result, Selection,
-    SeqId, StepLists,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, EvictOne, Footprint, KeptEntries,
+    Result, Selection, SeqId, StepLists,
 };
 use candle_core::{DType, Tensor};
 
@@ -79,6 +79,47 @@ pub trait KvStore: Send {
     /// [`Error::PoolFull`]; errors of the driver.
     fn prepare_decode(&mut self, _: &Batch, _: &mut StepLists) -> Result<()> {
         Err(Error::Unsupported("a prepared decode step of this store".into()))
+    }
+
+    /// Returns whether [`attend_and_evict`](Self::attend_and_evict) is possible with these
+    /// sequences.
+    fn evicts_one(&self, _: &[SeqId]) -> bool {
+        false
+    }
+
+    /// Computes causal attention of one query per sequence, with the output in `dtype`, and evicts
+    /// one entry of each kv head by it. Returns the entries that are left. `evictions`: one for
+    /// each sequence.
+    ///
+    /// With [prepared](Self::prepare_evict) lists it only launches kernels, needs no `evictions` and
+    /// returns no entries.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] unless the store [evicts one](Self::evicts_one); [`Error::Mismatch`]
+    /// if `q` or an eviction does not fit the stored entries; errors of the driver.
+    fn attend_and_evict(
+        &mut self,
+        _batch: &Batch,
+        _q: &Tensor,
+        _dtype: DType,
+        _evictions: &[EvictOne],
+    ) -> Result<(Tensor, Vec<KeptEntries>)> {
+        Err(Error::Unsupported("attention and eviction in one call".into()))
+    }
+
+    /// Adds an eviction to a step that [`prepare_decode`](Self::prepare_decode) has prepared, and
+    /// returns the entries that it will leave. The tensors of `evictions` must live until the step
+    /// has been launched.
+    ///
+    /// # Errors
+    /// As [`attend_and_evict`](Self::attend_and_evict).
+    fn prepare_evict(
+        &mut self,
+        _: &Batch,
+        _: &[EvictOne],
+        _: &mut StepLists,
+    ) -> Result<Vec<KeptEntries>> {
+        Err(Error::Unsupported("a prepared eviction of this store".into()))
     }
 
     /// Returns the attention probability that each entry receives, summed over the queries, for

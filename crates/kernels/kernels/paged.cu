@@ -1,11 +1,18 @@
 // Kernels over dense keys and values in f16 or bf16, in blocks of a block table: append, attention,
-// sums of attention probabilities per entry, and moving entries. D is 64, 80, 96, 128, 192 or 256.
+// sums of attention probabilities per entry, moves of entries, and the eviction of one. D is 64, 80,
+// 96, 128, 192 or 256.
 #include "paged/append.cuh"
 #include "paged/attend.cuh"
 #include "paged/sums.cuh"
 
 extern "C" __global__ void __launch_bounds__(APPEND_THREADS) paged_append(const AppendArgs a) { append(a); }
 extern "C" __global__ void __launch_bounds__(MOVE_THREADS) paged_move(const MoveArgs a) { move(a); }
+
+// Clusters need compute capability 9.0.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#include "paged/evict.cuh"
+extern "C" __global__ void __cluster_dims__(EVICT_BLOCKS, 1, 1) __launch_bounds__(EVICT_THREADS) paged_evict(const EvictArgs a) { evict(a); }
+#endif
 
 #define ATTEND(NAME, PAIR, D, N)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(Rings<D>::THREADS) paged_attend_##NAME##_d##D##_n##N(const AttendArgs a) { \

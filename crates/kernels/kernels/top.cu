@@ -1,6 +1,7 @@
 // Scores the entries of kv heads, selects the best in order, and gathers what belongs to them.
 #include <cstddef>
 #include <cstdint>
+#include "rank.cuh"
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32, BINS = 256;
 
@@ -28,13 +29,6 @@ struct TopArgs {
 
 static_assert(sizeof(TopRow) == 96 && offsetof(TopRow, rows) == 56, "as in src/top.rs");
 static_assert(sizeof(TopArgs) == 8, "as in src/top.rs");
-
-// Returns a number that is larger for a better score, in the order of f32::total_cmp. NaN counts as
-// -inf.
-__device__ __forceinline__ uint32_t rank_of(float score) {
-    const uint32_t bits = __float_as_uint(isnan(score) ? -INFINITY : score);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
 
 // Returns the number of threads before this one whose flag is set. `total` is the number of all
 // such threads. All threads of the block call it.

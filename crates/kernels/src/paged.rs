@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::{Error, Half, PAGE, Result};
 use longctx_cuda::cudarc::driver::{CudaContext, CudaStream};
-use longctx_cuda::{Image, Kernel, multiprocessors};
+use longctx_cuda::{Image, Kernel, compute_capability, multiprocessors};
 
 static IMAGE: Image = longctx_cuda::image!("paged");
 
@@ -23,6 +23,9 @@ const SUMS_THREADS: u32 = 128;
 const APPEND_THREADS: u32 = 256;
 const MOVE_THREADS: u32 = 512;
 const MOVE_PIECES: usize = 2;
+/// Must equal the constants in kernels/paged/evict.cuh.
+const EVICT_THREADS: u32 = 512;
+const EVICT_BLOCKS: usize = 8;
 
 longctx_cuda::args! {
     /// One thread block's share of a kv head's entries, for a few columns. Column c is query `c %
@@ -66,7 +69,7 @@ longctx_cuda::args! {
 longctx_cuda::args! {
     /// The arguments of [`attend`], with the same layout as in the kernels. `columns` is
     /// [`columns`]; `parts` and `merges` are those of the [`Plan`].
-    pub struct AttendArgs: 104, heads at 72, scale at 88 {
+    pub struct AttendArgs: 120, heads at 72, scale at 88, scores at 104 {
         /// `[tokens, heads, head_dim]`, contiguous, in the dtype of keys and values.
         pub q: u64,
         /// Output, `[tokens, heads, head_dim]`, of dtype `out_kind`.
@@ -103,6 +106,13 @@ longctx_cuda::args! {
         pub head_dim: i32,
         /// Dtype of the output. 0: f16; 1: bf16; 2: f32.
         pub out_kind: i32,
+        /// Output, `[tokens, heads, scores_row]`, f32: the score of each entry, in units of log 2;
+        /// -inf for an entry that is not seen. Not for selected entries. 0: not written.
+        pub scores: u64,
+        /// Row stride of `scores`: at least the largest number of entries.
+        pub scores_row: i32,
+        /// Padding.
+        pub unused: i32,
     }
 }
 
@@ -237,6 +247,68 @@ longctx_cuda::args! {
         rows: u64,
         pieces: i32,
         unused: i32,
+    }
+}
+
+longctx_cuda::args! {
+    /// A kv head, of which [`evict`] drops the entry with the lowest score. The score of an entry is
+    /// the reduction of the attention probabilities that a token's query heads give to it, plus its
+    /// score in `previous`.
+    pub struct EvictRow: 80, table at 32 {
+        /// Scores to add to those of the first entries, `[scored]`, f32.
+        pub previous: u64,
+        /// Positions of the first entries, `[placed]`, u32.
+        pub positions: u64,
+        /// Output: the scores of the kept entries, `[len - 1]`, f32. 0: not written.
+        pub kept_scores: u64,
+        /// Output: their positions, `[len - 1]`, u32.
+        pub kept_positions: u64,
+        /// Index of the kv head's block table in [`EvictArgs::tables`].
+        pub table: i32,
+        /// The kv head.
+        pub kv_head: i32,
+        /// Index of the token.
+        pub token: i32,
+        /// Number of entries.
+        pub len: i32,
+        /// Number of scores in `previous`.
+        pub scored: i32,
+        /// Number of positions in `positions`.
+        pub placed: i32,
+        /// The position of entry `placed`. Later entries have the positions after it.
+        pub next: u32,
+        /// Number of first entries that always stay.
+        pub sinks: i32,
+        /// Number of last entries that always stay. `sinks + recent` is less than `len`.
+        pub recent: i32,
+        /// 1: all query heads of the layer are reduced; 0: those of the kv head.
+        pub layer: i32,
+        /// 1: reduced to the maximum; 0: to the mean.
+        pub maximum: i32,
+        /// Padding.
+        pub unused: i32,
+    }
+}
+
+longctx_cuda::args! {
+    /// The arguments of [`evict`], with the same layout as in the kernel.
+    pub struct EvictArgs: 48, heads at 32 {
+        /// See [`AttendArgs::scores`].
+        pub scores: u64,
+        /// See [`AttendArgs::lse`].
+        pub lse: u64,
+        /// Array of [`EvictRow`].
+        pub rows: u64,
+        /// See [`AttendArgs::tables`].
+        pub tables: u64,
+        /// Query heads.
+        pub heads: i32,
+        /// Query heads of a kv head.
+        pub heads_per_kv: i32,
+        /// See [`AttendArgs`].
+        pub scores_row: i32,
+        /// Pieces of 16 bytes in a row.
+        pub pieces: i32,
     }
 }
 
@@ -385,5 +457,28 @@ pub unsafe fn move_entries(
     let args = MoveArgs { rows, pieces: pieces as i32, unused: 0 };
     // SAFETY: the caller guarantees the addresses.
     unsafe { kernel.launch(stream, [pieces.div_ceil(MOVE_PIECES), count, 2], &args) }?;
+    Ok(())
+}
+
+/// Returns whether the device has the kernel of [`evict`]: compute capability 9.0 or later.
+///
+/// # Errors
+/// An error of the CUDA driver.
+pub fn evicts(context: &CudaContext) -> Result<bool> {
+    Ok(compute_capability(context)? >= (9, 0))
+}
+
+/// Drops the entry with the lowest score of each kv head, the newest of equal ones, and moves the
+/// later entries one place forward. `count`: number of [`EvictRow`]s. Their tables share no block.
+///
+/// # Errors
+/// An error of the CUDA driver, also if the device lacks the [kernel](evicts).
+///
+/// # Safety
+/// As [`attend`].
+pub unsafe fn evict(stream: &Arc<CudaStream>, args: &EvictArgs, count: usize) -> Result<()> {
+    let kernel = IMAGE.kernel(stream.context(), "paged_evict", EVICT_THREADS, 0)?;
+    // SAFETY: the caller guarantees the addresses.
+    unsafe { kernel.launch(stream, [EVICT_BLOCKS * count, 1, 1], args) }?;
     Ok(())
 }

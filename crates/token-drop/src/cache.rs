@@ -2,6 +2,7 @@
 
 mod append;
 mod decoded;
+mod evict_one;
 mod plan;
 mod score;
 mod step;
@@ -15,7 +16,7 @@ use crate::{
 };
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Error, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeqId, Step,
+    Batch, Error, EvictOne, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeqId, Step,
     check_unseen,
 };
 
@@ -67,8 +68,18 @@ pub struct PolicyCache<S, P> {
     needs: Needs,
     settings: Settings,
     sequences: Sequences<SeqState>,
-    /// Offset of the positions in the lists of the last prepared step.
+    prepared: Prepared,
+}
+
+/// The last prepared step.
+#[derive(Debug, Default)]
+struct Prepared {
+    /// Offset of the positions in its lists.
     positions: u64,
+    /// Whether each sequence evicts an entry.
+    evicts: bool,
+    /// The evictions, whose tensors its kernels read.
+    evictions: Vec<EvictOne>,
 }
 
 /// The state of a sequence outside the store.
@@ -103,7 +114,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let needs = policy.needs();
         settings.check(&spec, &needs)?;
         let sequences = Sequences::default();
-        Ok(Self { spec, store, policy, needs, settings, sequences, positions: 0 })
+        let prepared = Prepared::default();
+        Ok(Self { spec, store, policy, needs, settings, sequences, prepared })
     }
 
     /// Sets how the model's layers share the budget.
@@ -187,8 +199,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     where
         P: 'static,
     {
-        let Self { spec, store, policy, needs, settings, sequences, positions } = self;
-        PolicyCache { spec, store, policy: Box::new(policy), needs, settings, sequences, positions }
+        let Self { spec, store, policy, needs, settings, sequences, prepared } = self;
+        PolicyCache { spec, store, policy: Box::new(policy), needs, settings, sequences, prepared }
     }
 
     /// Declares that the first `tokens` tokens of a sequence are its prompt, so that a budget that
@@ -257,11 +269,13 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         if let Some(prepared) = step.batch.prepared() {
             return self.attend_prepared(step, prepared.lists);
         }
-        let only_appends = self.only_appends(step.batch);
+        let (only_appends, evicts_one) =
+            (self.only_appends(step.batch), self.evicts_one(step.batch));
         let lens = self.begin(step.batch);
-        let out = match only_appends {
-            true => self.append_and_attend(step),
-            false => self.attend_and_evict(step),
+        let out = match (only_appends, evicts_one) {
+            (true, _) => self.append_and_attend(step),
+            (_, true) => self.attend_and_evict_one(step),
+            _ => self.attend_and_evict(step),
         };
         out.map_err(|error| self.roll_back(step.batch, &lens, error))
     }

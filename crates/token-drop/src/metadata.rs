@@ -62,8 +62,8 @@ impl EntryMetadata {
     pub fn retain(&mut self, keep: &Selection, kept: Option<Kept>) -> Result<()> {
         match kept {
             Some(kept) => {
-                self.kept = Positions::OnDevice(kept.positions);
-                self.scores = self.scores.take().map(|_| Scores::OnDevice(kept.scores));
+                let scores = self.scores.is_some().then_some(kept.scores);
+                self.keep_on_device(kept.positions, scores);
             }
             None => {
                 let mut lists = self.positions()?;
@@ -72,10 +72,27 @@ impl EntryMetadata {
                 }
                 self.kept = Positions::Lists(lists);
                 self.scores.as_mut().map_or(Ok(()), |scores| scores.retain(keep))?;
+                self.newer = self.newer.end..self.newer.end;
             }
         }
-        self.newer = self.newer.end..self.newer.end;
         Ok(())
+    }
+
+    /// Keeps the entries at these positions, `[kv_heads, entries]` in u32, with the scores to carry
+    /// to the next call.
+    pub fn keep_on_device(&mut self, positions: Tensor, scores: Option<Tensor>) {
+        self.kept = Positions::OnDevice(positions);
+        self.scores = scores.map(Scores::OnDevice);
+        self.newer = self.newer.end..self.newer.end;
+    }
+
+    /// Returns the device of the positions and scores; `None` if some are on the host.
+    pub fn device(&self) -> Option<&Device> {
+        let on_device = self.scores.as_ref().is_none_or(|of| matches!(of, Scores::OnDevice(_)));
+        match &self.kept {
+            Positions::OnDevice(kept) if on_device => Some(kept.device()),
+            _ => None,
+        }
     }
 
     /// Returns the positions of heads with equal numbers of entries that the last eviction kept,

@@ -8,6 +8,7 @@ mod attend;
 mod blocks;
 mod decode;
 mod edit;
+mod evict;
 mod prepared;
 mod sums;
 mod tables;

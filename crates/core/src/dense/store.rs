@@ -7,6 +7,8 @@ use crate::attention::{self, Element};
 use crate::selection::check_selections;
 #[cfg(feature = "cuda")]
 use crate::store::had_room;
+#[cfg(feature = "cuda")]
+use crate::{EvictOne, KeptEntries};
 use crate::store::{check_range, retain_in_turn};
 use crate::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
@@ -232,6 +234,39 @@ impl KvStore for DenseStore {
         match &mut self.storage {
             Storage::Cuda(pool) if pool.prepares_decode() => pool.prepare_decode(batch, lists),
             _ => Err(Error::Unsupported("a prepared decode step of this store".into())),
+        }
+    }
+
+    /// Possible on a CUDA device of compute capability 9.0 or later.
+    #[cfg(feature = "cuda")]
+    fn evicts_one(&self, seqs: &[SeqId]) -> bool {
+        matches!(&self.storage, Storage::Cuda(pool) if pool.evicts_one(seqs))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn attend_and_evict(
+        &mut self,
+        batch: &Batch,
+        q: &Tensor,
+        dtype: DType,
+        evictions: &[EvictOne],
+    ) -> Result<(Tensor, Vec<KeptEntries>)> {
+        match &mut self.storage {
+            Storage::Cuda(pool) => pool.attend_and_evict(batch, q, dtype, evictions),
+            _ => Err(Error::Unsupported("attention and eviction in one call".into())),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn prepare_evict(
+        &mut self,
+        batch: &Batch,
+        evictions: &[EvictOne],
+        lists: &mut crate::StepLists,
+    ) -> Result<Vec<KeptEntries>> {
+        match &mut self.storage {
+            Storage::Cuda(pool) => pool.prepare_evict(batch, evictions, lists),
+            _ => Err(Error::Unsupported("a prepared eviction of this store".into())),
         }
     }
 

@@ -46,6 +46,9 @@ struct AttendArgs {
     float scale, soft_cap;  // soft_cap 0: none
     int head_dim;
     int out_kind;  // 0 f16, 1 bf16, 2 f32
+    float* scores;  // output: [tokens, heads, scores_row], in units of log 2; may be null
+    int scores_row;  // at least the largest `len`
+    int unused;
 };
 
 // A kv head's keys and the queries of its sequence.
@@ -106,10 +109,37 @@ struct MoveArgs {
     int unused;
 };
 
+// A kv head, of which the entry with the lowest score is evicted.
+struct EvictRow {
+    const float* previous;      // [scored]: scores to add to those of the first entries
+    const uint32_t* positions;  // [placed]: positions of the first entries; entry placed + i has next + i
+    float* kept_scores;         // output: [len - 1]; may be null
+    uint32_t* kept_positions;   // output: [len - 1]
+    int table;                  // index of the kv head's block table
+    int kv_head, token;
+    int len, scored, placed;
+    uint32_t next;
+    int sinks, recent;  // first and last entries that always stay; their sum is less than `len`
+    int layer;          // 1: all query heads are reduced; 0: those of the kv head
+    int maximum;        // 1: reduced to the maximum; 0: to the mean
+    int unused;
+};
+
+struct EvictArgs {
+    const float* scores;  // [tokens, heads, scores_row], those of attention
+    const float* lse;     // [tokens, heads]
+    const EvictRow* rows;
+    const uint64_t* const* tables;
+    int heads, heads_per_kv;
+    int scores_row;
+    int pieces;  // pieces of 16 bytes in a row
+};
+
 static_assert(sizeof(AttendWork) == 64 && offsetof(AttendWork, len) == 12, "as in src/paged.rs");
-static_assert(sizeof(AttendArgs) == 104 && offsetof(AttendArgs, heads) == 72 && offsetof(AttendArgs, scale) == 88, "as in src/paged.rs");
+static_assert(sizeof(AttendArgs) == 120 && offsetof(AttendArgs, heads) == 72 && offsetof(AttendArgs, scale) == 88 && offsetof(AttendArgs, scores) == 104, "as in src/paged.rs");
 static_assert(sizeof(SumsWork) == 48 && offsetof(SumsWork, stride) == 16 && offsetof(SumsWork, len) == 32, "as in src/paged.rs");
 static_assert(sizeof(SumsArgs) == 56 && offsetof(SumsArgs, heads) == 32 && offsetof(SumsArgs, scale) == 48, "as in src/paged.rs");
 static_assert(sizeof(AppendRow) == 48 && offsetof(AppendRow, first) == 24, "as in src/paged.rs");
 static_assert(sizeof(AppendArgs) == 80 && offsetof(AppendArgs, k_token) == 40 && offsetof(AppendArgs, pieces) == 72, "as in src/paged.rs");
 static_assert(sizeof(MoveRow) == 40 && offsetof(MoveRow, first) == 24 && sizeof(MoveArgs) == 16, "as in src/paged.rs");
+static_assert(sizeof(EvictRow) == 80 && offsetof(EvictRow, table) == 32 && sizeof(EvictArgs) == 48 && offsetof(EvictArgs, heads) == 32, "as in src/paged.rs");

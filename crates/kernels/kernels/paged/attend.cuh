@@ -66,6 +66,19 @@ __device__ __forceinline__ void finish(const AttendArgs& a, const AttendWork& wo
     if (channel == 0 && a.lse) a.lse[row] = sum > 0.f ? (top + log2f(sum)) / LOG2E : -INFINITY;
 }
 
+// Stores a thread's scores of a tile: those of tokens g and g + 8 for columns 2 t and 2 t + 1.
+template <int N>
+__device__ __forceinline__ void store_scores(const AttendArgs& a, const AttendWork& work, const float (&scores)[N][4], int first, int columns) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int token = first + lane / 4 + j / 2 * 8, column = work.first_column + 8 * n + lane % 4 * 2 + j % 2;
+            if (token < work.to && column < columns) a.scores[row_of(a, work, column) * a.scores_row + token] = scores[n][j];
+        }
+}
+
 // Merges the partial results of a kv head and a block of columns. A warp merges a column; a lane
 // reads the weights of one of 32 parts, and all lanes read the channels of one part after another.
 template <int D, int N>
@@ -215,6 +228,7 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
                 if (edge && (token < seen_from[n][j % 2] || token >= seen_to[n][j % 2])) x = -INFINITY;
                 higher |= x > base[n][j % 2] + SLACK;
             }
+        if (a.scores) store_scores<N>(a, work, scores, first, columns);
         if (__any_sync(~0u, higher))
 #pragma unroll
             for (int n = 0; n < N; n++)

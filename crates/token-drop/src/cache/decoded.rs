@@ -9,7 +9,7 @@ use crate::scores::Scores;
 use crate::select::Limits;
 use crate::sub_batch::SubBatch;
 use crate::{EvictionPolicy, ObservedQueries, ReducedAttention, ReducedHeads};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use longctx_core::{
     AttentionSums, Batch, Candidates, KvStore, Mask, Result, SeqId, TopEntries, top_entries,
 };
@@ -26,9 +26,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         lse: Option<&Tensor>,
         is_decoded: impl Fn(SeqId) -> bool,
     ) -> Result<BTreeMap<SeqId, Plan>> {
-        let (Some(scores), Some(lse)) = (self.scores_on_device(q.device()), lse) else {
-            return Ok(BTreeMap::new());
-        };
+        let scores = self.reduced_attention().filter(|_| q.device().is_cuda());
+        let (Some(scores), Some(lse)) = (scores, lse) else { return Ok(BTreeMap::new()) };
         let mut limits = BTreeMap::new();
         for (seq, own) in batch.iter().filter(|(seq, _)| is_decoded(*seq)) {
             let of = self.limits(seq, own.len());
@@ -57,14 +56,14 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok(part.batch.seqs().iter().zip(top).map(plan).collect())
     }
 
-    /// Returns how the scores follow from the attention sums, if a device scores all decoded
-    /// sequences in one launch.
-    fn scores_on_device(&self, device: &Device) -> Option<ReducedAttention> {
+    /// Returns how the scores of decoded tokens follow from their attention, if a device can score
+    /// all sequences in one launch.
+    pub(super) fn reduced_attention(&self) -> Option<ReducedAttention> {
         let one_query = match self.needs.attention? {
             ObservedQueries::Call => true,
             ObservedQueries::Newest { queries, by_position } => queries == 1 && !by_position,
         };
-        let joint = device.is_cuda() && one_query && !self.settings.rerotate;
+        let joint = one_query && !self.settings.rerotate;
         self.policy.reduced_attention().filter(|_| joint && self.num_kept_queries() == 0)
     }
 

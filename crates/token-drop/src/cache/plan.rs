@@ -64,6 +64,13 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         tokens == 1 && self.store.len(seq) > 0
     }
 
+    /// Returns whether a call is one token after a sequence's prompt.
+    pub(super) fn decodes(&self, seq: SeqId, tokens: usize) -> bool {
+        let seen = self.sequences.seen(seq);
+        let prompt = self.sequences.prompt(seq);
+        self.appends_first(seq, tokens) && !prompt.contains_call(tokens, seen)
+    }
+
     /// Returns whether a call belongs to a prompt and is followed by eviction.
     pub(super) fn evicts_after_prefill(&self, seq: SeqId, tokens: usize) -> bool {
         let seen = self.sequences.seen(seq);
@@ -83,11 +90,15 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 
     /// Returns the numbers of entries that a sequence may hold after a call of `tokens` tokens.
     pub(super) fn limits(&self, seq: SeqId, tokens: usize) -> Limits {
+        self.limits_of(seq, tokens, &self.metadata(seq).lens())
+    }
+
+    /// As [`limits`](Self::limits), if the heads hold `lens` entries with those of the call.
+    pub(super) fn limits_of(&self, seq: SeqId, tokens: usize, lens: &[usize]) -> Limits {
         let seen = self.sequences.seen(seq) + tokens;
         let prompt = self.sequences.prompt_with(seq, tokens).len();
         let (mut budgets, protected) = self.settings.limits(&self.spec, prompt, seen);
-        let lens = self.metadata(seq).lens();
-        let over = self.settings.head_budgets.is_over(&lens, &budgets);
+        let over = self.settings.head_budgets.is_over(lens, &budgets);
         let step = self.eviction_step(seq, tokens).filter(|_| over);
         if let Some(step) = step {
             let min = protected.total().max(1);

@@ -2,6 +2,7 @@
 //! as in [`decode`](super::decode).
 
 use super::CudaPool;
+use super::decode::Outputs;
 use crate::cuda::address;
 use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
@@ -37,7 +38,8 @@ impl CudaPool {
             _ => self.prefill(batch, &q, &self.pages(batch), mask)?,
         };
         if long < batch.seqs().len() {
-            self.launch_decode(batch, &q, mask, (&state.out, Some(&state.lse)))?;
+            let (out, lse) = (&state.out, Some(&state.lse));
+            self.launch_decode(batch, &q, mask, Outputs { out, lse, scores: None })?;
         }
         Ok(state)
     }
@@ -90,7 +92,7 @@ impl CudaPool {
         let q = self.fit(q)?;
         // SAFETY: the kernel writes every element.
         let out = unsafe { Tensor::empty(q.shape(), dtype, q.device()) }?;
-        self.launch_decode(batch, &q, mask, (&out, None))?;
+        self.launch_decode(batch, &q, mask, Outputs { out: &out, lse: None, scores: None })?;
         Ok(out)
     }
 

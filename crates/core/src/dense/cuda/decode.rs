@@ -55,6 +55,23 @@ impl SharedPlan {
     }
 }
 
+/// The results of attention.
+#[derive(Clone, Copy)]
+pub(super) struct Outputs<'a> {
+    /// f16, bf16 or f32.
+    pub out: &'a Tensor,
+    /// Log-sum-exps.
+    pub lse: Option<&'a Tensor>,
+    pub scores: Option<Scores>,
+}
+
+/// The scores of entries, `[tokens, heads, row]`, f32.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Scores {
+    pub address: u64,
+    pub row: usize,
+}
+
 /// Returns the elements of a partial result.
 pub(super) fn part_len(columns: usize, head_dim: usize) -> usize {
     columns * (head_dim + 2)
@@ -69,21 +86,22 @@ impl CudaPool {
         mask: Mask<'_>,
     ) -> Result<AttentionState> {
         let (out, lse) = self.outputs(batch)?;
-        self.launch_decode(batch, q, mask, (&out, Some(&lse)))?;
+        let outputs = Outputs { out: &out, lse: Some(&lse), scores: None };
+        self.launch_decode(batch, q, mask, outputs)?;
         Ok(AttentionState { out, lse })
     }
 
-    /// Computes attention into an output of f16, bf16 or f32 and, if given, the log-sum-exps.
+    /// Computes attention.
     pub(super) fn launch_decode(
         &self,
         batch: &Batch,
         q: &Tensor,
         mask: Mask<'_>,
-        (out, lse): (&Tensor, Option<&Tensor>),
+        outputs: Outputs<'_>,
     ) -> Result<()> {
         if let Some(prepared) = self.prepared_for(batch)? {
             let launch = (prepared.attend, prepared.columns);
-            return self.launch_attend(q, mask, (out, lse), launch, prepared.tables);
+            return self.launch_attend(q, mask, outputs, launch, prepared.tables);
         }
         let stream = self.stream();
         let lists = match mask {
@@ -96,7 +114,7 @@ impl CudaPool {
         let plan = self.plan(batch, mask, (entries.address(), &lens))?;
         let tables = self.tables(batch)?;
         let launch = (plan.launch(&stream)?, plan.columns());
-        self.launch_attend(q, mask, (out, lse), launch, tables.address())
+        self.launch_attend(q, mask, outputs, launch, tables.address())
     }
 
     /// Returns the plan of attention, which layers with equal lengths share. If there are lists of
@@ -147,11 +165,11 @@ impl CudaPool {
         self.shape.window.filter(|_| mask == Mask::Causal)
     }
 
-    fn launch_attend(
+    pub(super) fn launch_attend(
         &self,
         q: &Tensor,
         mask: Mask<'_>,
-        (out, lse): (&Tensor, Option<&Tensor>),
+        Outputs { out, lse, scores }: Outputs<'_>,
         (launch, columns): (PlanLaunch, usize),
         tables: u64,
     ) -> Result<()> {
@@ -176,6 +194,9 @@ impl CudaPool {
             soft_cap: shape.soft_cap.unwrap_or(0.0),
             head_dim: head_dim as i32,
             out_kind: out_kind(out)?,
+            scores: scores.map_or(0, |scores| scores.address),
+            scores_row: scores.map_or(0, |scores| scores.row as i32),
+            unused: 0,
         };
         let size = (launch.items, columns);
         // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernel

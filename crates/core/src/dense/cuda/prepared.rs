@@ -4,6 +4,7 @@ use super::CudaPool;
 use super::append::AppendLists;
 use super::append_step::AppendStep;
 use super::decode::part_len;
+use super::evict::EvictLists;
 use crate::cuda::PlanLaunch;
 use crate::{Batch, Mask, PreparedStep, Result, StepLists};
 use longctx_cuda::bytes_of;
@@ -20,6 +21,8 @@ pub struct Prepared {
     pub attend: PlanLaunch,
     /// Columns of a thread block of attention.
     pub columns: usize,
+    /// `None` if the step evicts nothing.
+    pub evict: Option<EvictLists>,
 }
 
 impl Prepared {
@@ -28,6 +31,10 @@ impl Prepared {
         self.tables += step.lists;
         if let Some(AppendLists { rows, tables, new_blocks }) = &mut self.append {
             [rows, tables, new_blocks].into_iter().for_each(|list| *list += step.lists);
+        }
+        if let Some(EvictLists { rows, scores }) = &mut self.evict {
+            *rows += step.lists;
+            scores.address += step.workspace;
         }
         Self { attend: self.attend.at(step), ..self }
     }
@@ -57,7 +64,8 @@ impl CudaPool {
         let heads = batch.seqs().len() * self.shape.kv_heads;
         let (attend, columns) = self.attend_lists(batch, lists)?;
         let tables = append.tables;
-        self.prepared = Some(Prepared { heads, tables, append: Some(append), attend, columns });
+        let append = Some(append);
+        self.prepared = Some(Prepared { heads, tables, append, attend, columns, evict: None });
         Ok(())
     }
 
@@ -68,7 +76,8 @@ impl CudaPool {
         let tables = lists.push(bytes_of(&tables), size_of_val(&tables[..]));
         let heads = batch.seqs().len() * self.shape.kv_heads;
         let (attend, columns) = self.attend_lists(batch, lists)?;
-        self.prepared = Some(Prepared { heads, tables, append: None, attend, columns });
+        let (append, evict) = (None, None);
+        self.prepared = Some(Prepared { heads, tables, append, attend, columns, evict });
         Ok(())
     }
 

@@ -1,0 +1,210 @@
+//! A decoded token's attention, and the eviction of one entry of each kv head by it: two launches.
+
+use super::CudaPool;
+use super::decode::{Outputs, Scores, part_len};
+use super::prepared::Prepared;
+use crate::cuda::address;
+use crate::{
+    Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists,
+};
+use candle_core::{DType, Device, Tensor};
+use longctx_cuda::{bytes_of, upload};
+use longctx_kernels::paged::{self, EvictRow};
+
+/// The lists of an eviction, and the scores that it reads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct EvictLists {
+    /// Array of [`EvictRow`], one for each kv head.
+    pub rows: u64,
+    pub scores: Scores,
+}
+
+impl CudaPool {
+    /// Returns whether each sequence can evict one entry of each head: the device has the kernel,
+    /// heads have equally many entries, and no block is shared.
+    pub fn evicts_one(&self, seqs: &[SeqId]) -> bool {
+        let of_seq = |seq: &SeqId| {
+            let Some(sequence) = self.seqs.get(seq) else { return false };
+            let len = sequence.heads[0].len;
+            let own = |&block: &u32| !self.blocks.shared(block);
+            sequence.heads.iter().all(|table| table.len == len && table.blocks.iter().all(own))
+        };
+        let has_kernel = paged::evicts(self.stream().context()).unwrap_or(false);
+        has_kernel && self.decodes(1) && seqs.iter().all(of_seq)
+    }
+
+    /// Computes causal attention of one query per sequence, and evicts one entry of each head.
+    /// Launches of a prepared batch follow its lists, and return no entries.
+    pub fn attend_and_evict(
+        &mut self,
+        batch: &Batch,
+        q: &Tensor,
+        dtype: DType,
+        evictions: &[EvictOne],
+    ) -> Result<(Tensor, Vec<KeptEntries>)> {
+        self.check_queries(batch, q, Mask::Causal)?;
+        let (q, device) = (self.fit(q)?, Device::Cuda(self.device.clone()));
+        let dims = (batch.tokens(), self.shape.heads);
+        // SAFETY: attention writes every output, and every score that is read.
+        let out = unsafe { Tensor::empty(q.shape(), dtype, &device) }?;
+        let lse = unsafe { Tensor::empty(dims, DType::F32, &device) }?;
+        if let Some(prepared) = self.prepared_for(batch)? {
+            let missing = || Error::Unsupported("an eviction in a step prepared without".into());
+            let lists = prepared.evict.ok_or_else(missing)?;
+            let outputs = Outputs { out: &out, lse: Some(&lse), scores: Some(lists.scores) };
+            let launch = (prepared.attend, prepared.columns);
+            self.launch_attend(&q, Mask::Causal, outputs, launch, prepared.tables)?;
+            self.launch_evict(&lse, lists, prepared.tables, prepared.heads)?;
+            return Ok((out, Vec::new()));
+        }
+        let (rows, kept) = self.evict_rows(batch, evictions)?;
+        let row = self.scores_row(batch);
+        let scores = unsafe { Tensor::empty((dims.0, dims.1, row), DType::F32, &device) }?;
+        let scores = Scores { address: address(&scores)?, row };
+        let outputs = Outputs { out: &out, lse: Some(&lse), scores: Some(scores) };
+        self.launch_decode(batch, &q, Mask::Causal, outputs)?;
+        let (on_device, tables) = (upload(&self.stream(), &rows)?, self.tables(batch)?);
+        let lists = EvictLists { rows: on_device.address(), scores };
+        self.launch_evict(&lse, lists, tables.address(), rows.len())?;
+        self.drop_one(batch);
+        Ok((out, kept))
+    }
+
+    /// Adds the lists of an eviction to the step that was prepared last, and counts the entries.
+    pub fn prepare_evict(
+        &mut self,
+        batch: &Batch,
+        evictions: &[EvictOne],
+        lists: &mut StepLists,
+    ) -> Result<Vec<KeptEntries>> {
+        let missing = || Error::Unsupported("an eviction without a prepared step".into());
+        let prepared = self.prepared.ok_or_else(missing)?;
+        let (rows, kept) = self.evict_rows(batch, evictions)?;
+        let part_bytes = 4 * part_len(prepared.columns, self.shape.head_dim);
+        let scores = (prepared.attend.max_parts * part_bytes).next_multiple_of(16);
+        let rows = lists.push(bytes_of(&rows), size_of_val(&rows[..]));
+        let row = self.scores_row(batch);
+        lists.push_size(row);
+        lists.require_workspace(scores + 4 * batch.tokens() * self.shape.heads * row);
+        let evict = Some(EvictLists { rows, scores: Scores { address: scores as u64, row } });
+        self.prepared = Some(Prepared { evict, ..prepared });
+        self.drop_one(batch);
+        Ok(kept)
+    }
+
+    /// Returns the row stride of the scores.
+    fn scores_row(&self, batch: &Batch) -> usize {
+        let of_seq = |seq| self.seqs.get(seq).map_or(0, |sequence| sequence.heads[0].len);
+        batch.seqs().iter().map(of_seq).max().unwrap_or(0).next_multiple_of(64)
+    }
+
+    /// Checks the evictions. Returns the kernel's rows, `[sequences * kv_heads]`, and the outputs.
+    fn evict_rows(
+        &self,
+        batch: &Batch,
+        evictions: &[EvictOne],
+    ) -> Result<(Vec<EvictRow>, Vec<KeptEntries>)> {
+        if evictions.len() != batch.seqs().len() || batch.max_seqlen() > 1 {
+            let expected = format!("one for the token of each of {} sequences", batch.seqs().len());
+            return Err(Error::mismatch("evictions", expected, evictions.len()));
+        }
+        let (mut rows, mut all_kept) = (Vec::new(), Vec::new());
+        for ((seq, tokens), of) in batch.iter().zip(evictions) {
+            let len = self.known(seq)?.heads[0].len;
+            if of.sinks + of.recent >= len {
+                let expected = format!("fewer than {len}");
+                return Err(Error::mismatch("protected entries", expected, of.sinks + of.recent));
+            }
+            let kept = self.kept_entries(len - 1, of.carries_scores)?;
+            let first = self.evict_row(of, &kept, len)?;
+            for kv_head in 0..self.shape.kv_heads {
+                let at = |start: u64, columns: i32| match start {
+                    0 => 0,
+                    start => start + 4 * kv_head as u64 * columns as u64,
+                };
+                rows.push(EvictRow {
+                    previous: at(first.previous, first.scored),
+                    positions: at(first.positions, first.placed),
+                    kept_scores: at(first.kept_scores, first.len - 1),
+                    kept_positions: at(first.kept_positions, first.len - 1),
+                    table: rows.len() as i32,
+                    kv_head: kv_head as i32,
+                    token: tokens.start as i32,
+                    ..first
+                });
+            }
+            all_kept.push(kept);
+        }
+        Ok((rows, all_kept))
+    }
+
+    fn kept_entries(&self, count: usize, scores: bool) -> Result<KeptEntries> {
+        let (dims, device) = ((self.shape.kv_heads, count), Device::Cuda(self.device.clone()));
+        // SAFETY: the kernel writes every element.
+        let empty = |dtype| unsafe { Tensor::empty(dims, dtype, &device) };
+        let scores = scores.then(|| empty(DType::F32)).transpose()?;
+        Ok(KeptEntries { positions: empty(DType::U32)?, scores })
+    }
+
+    /// Returns the row of the first kv head.
+    fn evict_row(&self, of: &EvictOne, kept: &KeptEntries, len: usize) -> Result<EvictRow> {
+        let kv_heads = self.shape.kv_heads;
+        // Returns the address and the columns of an input.
+        let input = |x: &Option<Tensor>, dtype: DType, what: &str| {
+            let Some(x) = x.as_ref().filter(|x| x.elem_count() > 0) else { return Ok((0, 0)) };
+            let columns = x.dims2().ok().filter(|&(heads, columns)| heads == kv_heads && columns <= len);
+            match columns {
+                Some((_, columns)) if x.dtype() == dtype && x.is_contiguous() => {
+                    self.check_device(x)?;
+                    Ok((address(x)?, columns as i32))
+                }
+                _ => {
+                    let expected = format!("[{kv_heads}, at most {len}], {dtype:?}, contiguous");
+                    Err(Error::mismatch(what, expected, format!("{:?} {:?}", x.dims(), x.dtype())))
+                }
+            }
+        };
+        let (previous, scored) = input(&of.previous, DType::F32, "previous scores")?;
+        let (positions, placed) = input(&of.positions, DType::U32, "positions")?;
+        Ok(EvictRow {
+            previous,
+            positions,
+            kept_scores: kept.scores.as_ref().filter(|_| len > 1).map_or(Ok(0), address)?,
+            kept_positions: if len > 1 { address(&kept.positions)? } else { 0 },
+            len: len as i32,
+            scored,
+            placed,
+            next: of.next_position,
+            sinks: of.sinks as i32,
+            recent: of.recent as i32,
+            layer: of.of_layer.into(),
+            maximum: (of.reduction == RowReduction::Max).into(),
+            ..EvictRow::default()
+        })
+    }
+
+    /// Launches the eviction of the rows of `heads` kv heads.
+    fn launch_evict(&self, lse: &Tensor, lists: EvictLists, tables: u64, heads: usize) -> Result<()> {
+        let args = paged::EvictArgs {
+            scores: lists.scores.address,
+            lse: address(lse)?,
+            rows: lists.rows,
+            tables,
+            heads: self.shape.heads as i32,
+            heads_per_kv: self.shape.heads_per_kv() as i32,
+            scores_row: lists.scores.row as i32,
+            pieces: (self.shape.head_dim / 8) as i32,
+        };
+        // SAFETY: the arrays have these sizes, the tables name blocks that only their sequence has,
+        // and the stream frees no memory before the launch has used it.
+        Ok(unsafe { paged::evict(&self.stream(), &args, heads) }?)
+    }
+
+    /// Counts the eviction of one entry of each head.
+    fn drop_one(&mut self, batch: &Batch) {
+        for &seq in batch.seqs() {
+            let len = self.seqs.get(&seq).map_or(0, |sequence| sequence.heads[0].len);
+            self.truncate(seq, len.saturating_sub(1));
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Decoded tokens that each evict one entry: a CUDA device scores and evicts in one launch.
+
+use super::PolicyCache;
+use crate::{EvictionPolicy, ReducedHeads};
+use candle_core::{Device, Tensor};
+use longctx_core::{Batch, Error, EvictOne, KeptEntries, KvStore, Result, SeqId, Step, StepLists};
+
+impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
+    /// Returns whether a call has one token of each sequence, after the prompts, of which each
+    /// evicts one entry of each head by its attention, and the store does this in one launch.
+    pub(super) fn evicts_one(&self, batch: &Batch) -> bool {
+        self.reduced_attention().is_some()
+            && self.spec.sink_logits.is_none()
+            && batch.iter().all(|(seq, own)| self.decodes(seq, own.len()) && self.drops_one(seq))
+            && self.store.evicts_one(batch.seqs())
+    }
+
+    /// Returns whether the next token of a sequence evicts one entry of each head.
+    fn drops_one(&self, seq: SeqId) -> bool {
+        let lens: Vec<_> = self.metadata(seq).lens().iter().map(|len| len + 1).collect();
+        let limits = self.limits_of(seq, 1, &lens);
+        let budget = limits.common_budget(self.settings.granularity, self.settings.head_budgets);
+        let one = |len: &usize| budget.is_some_and(|budget| budget + 1 == *len);
+        limits.evicts && lens.iter().all(one)
+    }
+
+    /// Attends and evicts one entry of each head of all sequences.
+    pub(super) fn attend_and_evict_one(&mut self, step: &Step<'_>) -> Result<Tensor> {
+        let (q, k) = step.rotate(&self.spec, |seq| self.next_position(seq))?;
+        self.store.append(step.batch, &k, step.v)?;
+        let evictions = self.evictions(step.batch, Some(q.device()))?;
+        let dtype = step.q.dtype();
+        let (out, kept) = self.store.attend_and_evict(step.batch, &q, dtype, &evictions)?;
+        self.keep(step.batch, kept);
+        Ok(out)
+    }
+
+    /// Adds the eviction to a prepared step.
+    pub(super) fn prepare_evict(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        let evictions = self.evictions(batch, None)?;
+        let kept = self.store.prepare_evict(batch, &evictions, lists)?;
+        self.keep(batch, kept);
+        // The step is launched after the previous entries have been replaced.
+        self.prepared.evictions = evictions;
+        Ok(())
+    }
+
+    /// Returns the evictions after the tokens of a batch were added. `device`: where positions and
+    /// scores are needed; `None`: they are on a device.
+    fn evictions(&self, batch: &Batch, device: Option<&Device>) -> Result<Vec<EvictOne>> {
+        let none = || Error::Unsupported("eviction by attention with this policy".into());
+        let scores = self.reduced_attention().ok_or_else(none)?;
+        let eviction = |&seq: &SeqId| {
+            let (limits, entries) = (self.limits(seq, 1), self.metadata(seq));
+            let device = device.or_else(|| entries.device()).unwrap_or(&Device::Cpu);
+            let (positions, next_position) = entries.kept_positions(device)?;
+            let carries_scores = self.needs.previous_scores;
+            let kv_heads = 0..self.spec.shape.kv_heads;
+            let previous = match carries_scores {
+                true => entries.scores(kv_heads, device)?,
+                false => None,
+            };
+            let sinks = limits.protected.sinks.min(limits.budgets[0]);
+            let recent = limits.protected.recent.max(scores.newest);
+            Ok(EvictOne {
+                of_layer: scores.heads == ReducedHeads::Layer,
+                reduction: scores.reduction.of_rows(),
+                carries_scores,
+                previous,
+                positions,
+                next_position,
+                sinks,
+                recent: recent.min(limits.budgets[0] - sinks),
+            })
+        };
+        batch.seqs().iter().map(eviction).collect()
+    }
+
+    /// Replaces the entries of the sequences of a batch, and counts its tokens.
+    fn keep(&mut self, batch: &Batch, kept: Vec<KeptEntries>) {
+        for (&seq, kept) in batch.seqs().iter().zip(kept) {
+            self.sequences.advance(seq, 1);
+            if let Some(sequence) = self.sequences.get_mut(seq) {
+                sequence.state.metadata.keep_on_device(kept.positions, kept.scores);
+                sequence.state.seen_at_eviction = sequence.seen;
+            }
+        }
+    }
+}
