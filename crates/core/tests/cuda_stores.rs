@@ -7,8 +7,8 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use longctx_core::{
-    AttentionShape, AttentionSums, Batch, Candidates, DenseStore, EntryRanges, Error, KvStore,
-    Mask, RowReduction, Selection, SeqId, top_entries,
+    AttentionShape, AttentionSums, Batch, Candidates, DenseStore, EntryRanges, Error, EvictOne,
+    KvStore, Mask, RowReduction, Selection, SeqId, top_entries,
 };
 
 /// Returns a generator of numbers below its argument, the same in every run.
@@ -408,4 +408,143 @@ fn selections_on_the_device_are_those_of_the_host() {
     pair.other.retain(0, &Selection::on_device(&wild).unwrap()).unwrap();
     assert_eq!(pair.other.lens(0), [2, 2]);
     assert!(pair.other.read(0, 0).is_ok());
+}
+
+/// A sequence of which each step evicts one entry of each head.
+struct Evicting {
+    seq: SeqId,
+    /// Positions and scores on the device, for the next step.
+    positions: Option<Tensor>,
+    scores: Option<Tensor>,
+    next: u32,
+    /// Positions of the entries of each head.
+    known: Vec<Vec<u32>>,
+}
+
+/// One step of several sequences: `one` evicts with attention, `plain` attends, sums, scores and
+/// retains in separate calls.
+fn evict_step(
+    (one, plain): (&mut DenseStore, &mut DenseStore),
+    seqs: &mut [Evicting],
+    (of_layer, reduction, carries_scores): (bool, RowReduction, bool),
+    (sinks, recent): (usize, usize),
+    device: &Device,
+    what: &str,
+) {
+    let (shape, dtype) = (*one.shape(), one.dtype());
+    let batch = Batch::new(&seqs.iter().map(|of| (of.seq, 1)).collect::<Vec<_>>()).unwrap();
+    let rows = |heads| random(batch.tokens(), heads, shape.head_dim, dtype).to_device(device);
+    let [q, k, v] = [shape.heads, shape.kv_heads, shape.kv_heads].map(|n| rows(n).unwrap());
+    one.append(&batch, &k, &v).unwrap();
+    plain.append(&batch, &k, &v).unwrap();
+    let eviction = |of: &Evicting| EvictOne {
+        of_layer,
+        reduction,
+        carries_scores,
+        previous: of.scores.clone(),
+        positions: of.positions.clone(),
+        next_position: of.next,
+        sinks,
+        recent,
+    };
+    let evictions: Vec<_> = seqs.iter().map(eviction).collect();
+    let want = plain.attend(&batch, &q, Mask::Causal).unwrap();
+    let sums = plain.attention_sums(&batch, &q, &want.lse, Mask::Causal).unwrap();
+    let (out, kept) = one.attend_and_evict(&batch, &q, dtype, &evictions).unwrap();
+    assert!(relative(&out.to_dtype(DType::F32).unwrap(), &want.out) < 6e-3, "{what}");
+    for (i, of) in seqs.iter_mut().enumerate() {
+        let sums = sums[i].heads(0..shape.kv_heads).unwrap();
+        let (len, eviction) = (sums.dim(2).unwrap(), &evictions[i]);
+        let scores = if of_layer { sums.reshape((1, (), len)).unwrap() } else { sums };
+        let candidates = Candidates {
+            kv_heads: shape.kv_heads,
+            scores,
+            reduction,
+            previous: eviction.previous.clone(),
+            positions: eviction.positions.clone(),
+            next_position: of.next,
+            count: len - 1,
+            sinks,
+            recent,
+        };
+        let top = top_entries(&[candidates]).unwrap().unwrap().pop().unwrap();
+        let all = top.all_scores.to_vec2::<f32>().unwrap();
+        let positions = kept[i].positions.to_vec2::<u32>().unwrap();
+        let mut keep = Vec::new();
+        for (head, positions) in positions.iter().enumerate() {
+            of.known[head].push(of.next);
+            let known = &mut of.known[head];
+            let same = known.iter().zip(positions).take_while(|(a, b)| a == b).count();
+            known.remove(same);
+            assert_eq!(known, positions, "{what}");
+            // Scores that differ by rounding only may be in another order.
+            let least = all[head][sinks..len - recent].iter().copied().fold(f32::MAX, f32::min);
+            let dropped = all[head][same];
+            assert!((sinks..len - recent).contains(&same), "{what}");
+            assert!(dropped <= least * 1.001 + 1e-9, "{what}: {dropped}, {least}");
+            keep.push((0..len as u32).filter(|&entry| entry as usize != same).collect());
+            if let Some(scores) = &kept[i].scores {
+                let scores = scores.get(head).unwrap().to_vec1::<f32>().unwrap();
+                let others = all[head].iter().enumerate().filter(|(entry, _)| *entry != same);
+                for (got, (_, want)) in scores.iter().zip(others) {
+                    assert!((got - want).abs() <= want * 1e-3 + 1e-9, "{what}: {got}, {want}");
+                }
+            }
+        }
+        plain.retain(of.seq, &Selection::new(keep)).unwrap();
+        assert_eq!(one.lens(of.seq), plain.lens(of.seq), "{what}");
+        of.next += 1;
+        (of.positions, of.scores) = (Some(kept[i].positions.clone()), kept[i].scores.clone());
+    }
+}
+
+/// Attention and eviction in two launches, compared with separate calls.
+#[test]
+fn one_entry_is_evicted_as_in_separate_calls() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shapes = [(8, 2, 128, DType::F16), (4, 4, 64, DType::BF16), (6, 1, 96, DType::F16)];
+    let kinds = [
+        (false, RowReduction::Mean, true),
+        (true, RowReduction::Mean, false),
+        (false, RowReduction::Max, false),
+        (true, RowReduction::Max, true),
+    ];
+    let cases = shapes.iter().flat_map(|shape| kinds.iter().map(move |kind| (*shape, *kind)));
+    for ((heads, kv_heads, d, dtype), kind) in cases {
+        let shape = AttentionShape::new(heads, kv_heads, d).unwrap();
+        let store = || DenseStore::new(shape, dtype).unwrap();
+        let (mut one, mut plain) = (store(), store());
+        let mut seqs = Vec::new();
+        for (seq, len) in [(0, 63), (1, 700), (2, 5000)] {
+            let batch = Batch::single(seq, len).unwrap();
+            let rows = || random(len, kv_heads, d, dtype).to_device(&device).unwrap();
+            let (k, v) = (rows(), rows());
+            one.append(&batch, &k, &v).unwrap();
+            plain.append(&batch, &k, &v).unwrap();
+            let known = vec![(0..len as u32).collect(); kv_heads];
+            let next = len as u32;
+            let positions: Vec<u32> = (0..kv_heads as u32).flat_map(|_| 0..next).collect();
+            let positions = Tensor::from_vec(positions, (kv_heads, len), &device).unwrap();
+            seqs.push(Evicting { seq, positions: Some(positions), scores: None, next, known });
+        }
+        for step in 0..70 {
+            let what = format!("{shape:?}, {kind:?}, step {step}");
+            assert!(one.evicts_one(&[0, 1, 2]), "{what}");
+            let protected = [(0, 0), (4, 30), (0, 62)][step % 3];
+            let both = (&mut one, &mut plain);
+            evict_step(both, &mut seqs, kind, protected, &device, &what);
+        }
+        for seq in 0..3 {
+            for head in 0..kv_heads {
+                let read = |store: &DenseStore| store.read(seq, head).unwrap();
+                let ((k, v), (dk, dv)) = (read(&one), read(&plain));
+                assert_eq!((relative(&k, &dk), relative(&v, &dv)), (0.0, 0.0));
+            }
+        }
+        one.fork(0, 7).unwrap();
+        assert!(!one.evicts_one(&[0]) && one.evicts_one(&[1]));
+    }
 }

@@ -16,8 +16,8 @@ use crate::{
 };
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Error, EvictOne, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeqId, Step,
-    check_unseen,
+    Batch, Error, EvictOne, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeqId,
+    Step, check_unseen,
 };
 
 /// A cache that keeps, in any store, the entries that a policy selects within a budget, separately

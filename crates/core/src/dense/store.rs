@@ -7,13 +7,13 @@ use crate::attention::{self, Element};
 use crate::selection::check_selections;
 #[cfg(feature = "cuda")]
 use crate::store::had_room;
-#[cfg(feature = "cuda")]
-use crate::{EvictOne, KeptEntries};
 use crate::store::{check_range, retain_in_turn};
 use crate::{
     AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
     Selection, SeqId,
 };
+#[cfg(feature = "cuda")]
+use crate::{EvictOne, KeptEntries};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use std::ops::Range;

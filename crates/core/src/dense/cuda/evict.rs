@@ -4,9 +4,7 @@ use super::CudaPool;
 use super::decode::{Outputs, Scores, part_len};
 use super::prepared::Prepared;
 use crate::cuda::address;
-use crate::{
-    Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists,
-};
+use crate::{Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::{bytes_of, upload};
 use longctx_kernels::paged::{self, EvictRow};
@@ -152,7 +150,8 @@ impl CudaPool {
         // Returns the address and the columns of an input.
         let input = |x: &Option<Tensor>, dtype: DType, what: &str| {
             let Some(x) = x.as_ref().filter(|x| x.elem_count() > 0) else { return Ok((0, 0)) };
-            let columns = x.dims2().ok().filter(|&(heads, columns)| heads == kv_heads && columns <= len);
+            let columns =
+                x.dims2().ok().filter(|&(heads, columns)| heads == kv_heads && columns <= len);
             match columns {
                 Some((_, columns)) if x.dtype() == dtype && x.is_contiguous() => {
                     self.check_device(x)?;
@@ -184,7 +183,13 @@ impl CudaPool {
     }
 
     /// Launches the eviction of the rows of `heads` kv heads.
-    fn launch_evict(&self, lse: &Tensor, lists: EvictLists, tables: u64, heads: usize) -> Result<()> {
+    fn launch_evict(
+        &self,
+        lse: &Tensor,
+        lists: EvictLists,
+        tables: u64,
+        heads: usize,
+    ) -> Result<()> {
         let args = paged::EvictArgs {
             scores: lists.scores.address,
             lse: address(lse)?,
