@@ -1,9 +1,10 @@
 """Measures prefill of a model of Llama-3-8B's shape (random weights, f16) in PyTorch with its flash
 attention.
 
-    python3 benches/gpu/model_prefill.py
+    python3 benches/gpu/model_prefill.py [tokens ...]
 """
 import statistics
+import sys
 import time
 
 import torch
@@ -54,7 +55,7 @@ def forward(ids):
 
 with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
     print("| tokens | PyTorch, flash: prefill, s |\n|---:|---:|")
-    for tokens in (8192, 32768, 131072):
+    for tokens in map(int, sys.argv[1:] or (8192, 32768, 131072)):
         ids = torch.arange(tokens, device="cuda") * 7919 % 128000
         times = []
         for _ in range(3 if tokens > 100000 else 6):

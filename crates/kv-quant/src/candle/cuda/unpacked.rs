@@ -7,7 +7,7 @@ use super::head::Sequence;
 use super::tensors::{address, kind};
 use crate::cuda::{UnpackArgs, Work};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{AttentionState, Batch, Mask, Result, SeqId, attention};
+use longctx_core::{AttentionState, Batch, Mask, Result, attention};
 use longctx_cuda::cudarc::driver::CudaSlice;
 
 /// Number of columns (query heads of a kv head times queries) from which on entries are unpacked.
@@ -23,20 +23,16 @@ impl CudaPool {
         q: &Tensor,
         heads: &mut [Work],
     ) -> Result<Option<AttentionState>> {
-        let mut ends = vec![0u32];
-        let mut unpacked: Vec<Option<&Sequence>> = Vec::new();
-        for (seq, tokens) in batch.iter() {
+        let unpacked = batch.iter().map(|(seq, tokens)| {
             let many = self.shape.heads_per_kv() * tokens.len() >= MIN_COLUMNS;
-            let sequence = self.seqs.get(&seq).filter(|of| many && of.is_uniform());
-            let len = sequence.map_or(0, |of| of.heads[0].slots as u32);
-            ends.push(ends[ends.len() - 1] + len);
-            unpacked.push(sequence.filter(|_| len > 0));
-        }
-        let total = ends[ends.len() - 1] as usize;
-        if total == 0 {
+            let fits = |of: &&Sequence| many && of.is_uniform() && of.heads[0].slots > 0;
+            self.seqs.get(&seq).filter(fits)
+        });
+        let unpacked: Vec<_> = unpacked.collect();
+        if unpacked.iter().all(Option::is_none) {
             return Ok(None);
         }
-        let (k, v) = self.unpack_all(&unpacked, &ends, total)?;
+        let (k, v, ends) = self.unpack(&unpacked)?;
         let (k, v) = (k.transpose(0, 1)?, v.transpose(0, 1)?);
         let state = attention::attend_past(batch, q, (&k, &v), &ends, &self.shape, Mask::Full)?;
         if state.is_some() {
@@ -47,34 +43,27 @@ impl CudaPool {
         Ok(state)
     }
 
-    /// Returns keys and values of a batch's sequences, which have no holes, `[kv_heads, total,
-    /// head_dim]` in f16. Also returns the ends: sequence i has the entries `ends[i]..ends[i + 1]`.
+    /// As [`unpack`](Self::unpack), of all sequences of a batch.
     pub(super) fn unpack_batch(&self, batch: &Batch) -> Result<(Tensor, Tensor, Vec<u32>)> {
-        let sequence = |seq: &SeqId| self.seqs.get(seq);
-        let sequences: Vec<_> = batch.seqs().iter().map(sequence).collect();
+        let sequences = batch.seqs().iter().map(|seq| self.seqs.get(seq));
+        self.unpack(&sequences.collect::<Vec<_>>())
+    }
+
+    /// Returns keys and values of sequences without holes, `[kv_heads, total, head_dim]` in f16. Also
+    /// returns the ends: sequence i has the entries `ends[i]..ends[i + 1]`.
+    fn unpack(&self, sequences: &[Option<&Sequence>]) -> Result<(Tensor, Tensor, Vec<u32>)> {
         let mut ends = vec![0u32];
-        for sequence in &sequences {
+        for sequence in sequences {
             let len = sequence.map_or(0, |of| of.heads[0].slots as u32);
             ends.push(ends[ends.len() - 1] + len);
         }
-        let (k, v) = self.unpack_all(&sequences, &ends, ends[ends.len() - 1] as usize)?;
-        Ok((k, v, ends))
-    }
-
-    /// Returns keys and values of sequences without holes, `[kv_heads, total, head_dim]`. Sequence i
-    /// has the entries `ends[i]..ends[i + 1]`.
-    fn unpack_all(
-        &self,
-        sequences: &[Option<&Sequence>],
-        ends: &[u32],
-        total: usize,
-    ) -> Result<(Tensor, Tensor)> {
+        let total = ends[sequences.len()] as usize;
         let device = Device::Cuda(self.device.clone());
         let dims = (self.shape.kv_heads, total, self.shape.head_dim);
         // SAFETY: all elements are written: the packed entries by the kernel, the others below.
         let empty = || unsafe { Tensor::empty(dims, DType::F16, &device) };
         let (k, v) = (empty()?, empty()?);
-        for (sequence, &first) in sequences.iter().zip(ends) {
+        for (sequence, &first) in sequences.iter().zip(&ends) {
             let Some(sequence) = sequence else { continue };
             self.unpack_records(sequence, (&k, &v), first as usize)?;
             let head = &sequence.heads[0];
@@ -91,7 +80,7 @@ impl CudaPool {
                 copy(&v, &sequence.ring_v)?;
             }
         }
-        Ok((k, v))
+        Ok((k, v, ends))
     }
 
     /// Unpacks the records of all heads of a sequence to rows from `first` on.
