@@ -2,11 +2,15 @@
 
 mod graphs;
 mod plan_memory;
+mod side_stream;
 
 use std::sync::{Arc, OnceLock};
 
 pub use graphs::{DecodeGraphs, Forward};
 pub use plan_memory::{PlanLaunch, PlanMemory};
+pub use side_stream::side_stream;
+
+use side_stream::SideStream;
 
 use crate::{Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;

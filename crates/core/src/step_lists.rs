@@ -22,12 +22,18 @@ pub trait PreparedDecode {
 }
 
 /// The device memory of a prepared step: addresses for [`StepLists`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PreparedStep {
     /// Address of the lists.
     pub lists: u64,
     /// Address of the workspace.
     pub workspace: u64,
+    /// Address of the memory that layers [reserve](StepLists::reserve).
+    pub reserved: u64,
+    /// Handle of a CUDA stream (`CUstream`) for work that the rest of the step does not wait for; 0:
+    /// none. The caller makes it wait for its own stream before the step, and its own stream wait
+    /// for it after the step.
+    pub side_stream: u64,
 }
 
 /// The lists of a prepared step, to be copied to the device together. A list's offset depends only
@@ -51,6 +57,7 @@ pub struct StepLists {
     layout: Vec<usize>,
     shared: Vec<Range<usize>>,
     workspace: usize,
+    reserved: usize,
 }
 
 /// Alignment of each list, in bytes.
@@ -63,6 +70,7 @@ impl StepLists {
         self.layout.clear();
         self.shared.clear();
         self.workspace = 0;
+        self.reserved = 0;
     }
 
     /// Adds a list, followed by zeros up to `capacity` bytes. Returns its offset in bytes.
@@ -110,6 +118,20 @@ impl StepLists {
         self.workspace = self.workspace.max(bytes);
     }
 
+    /// Reserves memory for one layer, which is valid until the end of the step. Returns its offset in
+    /// bytes.
+    pub fn reserve(&mut self, bytes: usize) -> u64 {
+        let first = self.reserved;
+        self.reserved += bytes.next_multiple_of(ALIGNMENT);
+        self.layout.push(first);
+        first as u64
+    }
+
+    /// Returns the bytes that layers have reserved.
+    pub fn reserved(&self) -> usize {
+        self.reserved
+    }
+
     /// Returns the lists.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -145,11 +167,14 @@ mod tests {
             lists.push_shared(list, 8);
             lists.push(&[1], 1);
             lists.require_workspace(100);
+            lists.require_workspace(60);
+            lists.reserve(30);
+            lists.reserve(8);
             lists.push_size(3);
-            (lists.layout().to_vec(), lists.workspace())
+            (lists.layout().to_vec(), lists.workspace(), lists.reserved())
         };
         let first = layout(&[1, 2, 3]);
-        assert_eq!(first, (vec![0, 48, 64, 3], 100));
+        assert_eq!(first, (vec![0, 48, 64, 0, 32, 3], 100, 48));
         assert_eq!(layout(&[9; 8]), first);
         // A list beyond its capacity moves the later ones.
         assert_ne!(layout(&[9; 41]), first);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::address;
+use super::{SideStream, address};
 use crate::{Batch, Error, KvCache, PreparedStep, Result, StepLists};
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -32,6 +32,8 @@ pub struct DecodeGraphs {
     staging: Staging,
     on_device: CudaSlice<u8>,
     workspace: CudaSlice<u8>,
+    reserved: CudaSlice<u8>,
+    side: SideStream,
     graphs: BTreeMap<usize, Graph>,
     steps: u64,
     replayed: u64,
@@ -85,6 +87,8 @@ impl DecodeGraphs {
             staging: Staging::new(2),
             on_device: memory()?,
             workspace: memory()?,
+            reserved: memory()?,
+            side: SideStream::new(&device.cuda_stream())?,
             graphs: BTreeMap::new(),
             steps: 0,
             replayed: 0,
@@ -133,10 +137,12 @@ impl DecodeGraphs {
             let ids = ids_on(&self.device)?;
             // Shapes and strides that candle copies to the device are kept for the capture.
             let _kept = self.device.enable_cuda_graph_htod_cache();
-            return forward(caches, &batch, &ids);
+            return self.side.beside(|| forward(caches, &batch, &ids));
         };
         known.last_used = self.steps;
         if let State::Ready = known.state {
+            let forward: &mut Forward<'_> =
+                &mut |caches, batch, ids| self.side.beside(|| forward(caches, batch, ids));
             known.state = capture(&self.device, &batch, memory, caches, forward)?;
         }
         match &known.state {
@@ -145,7 +151,10 @@ impl DecodeGraphs {
                 self.replayed += 1;
                 Ok(step.logits.copy()?)
             }
-            _ => forward(caches, &batch, &ids_on(&self.device)?),
+            _ => {
+                let ids = ids_on(&self.device)?;
+                self.side.beside(|| forward(caches, &batch, &ids))
+            }
         }
     }
 
@@ -168,10 +177,13 @@ impl DecodeGraphs {
         let stream = self.device.cuda_stream();
         reserve(&mut self.on_device, self.lists.bytes().len(), &stream)?;
         reserve(&mut self.workspace, self.lists.workspace(), &stream)?;
+        reserve(&mut self.reserved, self.lists.reserved(), &stream)?;
         self.staging.copy(&stream, self.lists.bytes(), &mut self.on_device)?;
         Ok(PreparedStep {
             lists: self.on_device.device_ptr(&stream).0,
             workspace: self.workspace.device_ptr(&stream).0,
+            reserved: self.reserved.device_ptr(&stream).0,
+            side_stream: self.side.handle(),
         })
     }
 

@@ -13,8 +13,8 @@ constexpr int EVICT_THREADS = 512, EVICT_BLOCKS = 8;  // thread blocks of a clus
 
 // Returns the attention probability that a query head gives to an entry.
 __device__ __forceinline__ float probability(const EvictArgs& a, long long head, int entry) {
-    const float lse = a.lse[head];  // -inf if the query sees no entry
-    return lse > -INFINITY ? exp2f(a.scores[head * a.scores_row + entry] - lse * LOG2E) : 0.f;
+    const float lse = __ldg(a.lse + head);  // -inf if the query sees no entry
+    return lse > -INFINITY ? exp2f(__ldg(a.scores + head * a.scores_row + entry) - lse * LOG2E) : 0.f;
 }
 
 __device__ __forceinline__ float score_of(const EvictArgs& a, const EvictRow& row, int entry) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void move_forward(const EvictArgs& a, const EvictRow&
     const bool value = piece >= a.pieces;
     const int end = mine < stretch && piece < all ? row.len : 0;
     const uint64_t* table = a.tables[row.table];
-    auto at = [&](int entry) { return piece_at(table[entry / PAGE], value, entry, a.pieces, value ? piece - a.pieces : piece); };
+    auto at = [&](int entry) { return piece_at(__ldg(table + entry / PAGE), value, entry, a.pieces, value ? piece - a.pieces : piece); };
     for (int start = dropped + 1; start < row.len; start += UNROLL * stretch) {
         uint4 x[UNROLL];
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ __forceinline__ void evict(const EvictArgs& a) {
     __shared__ unsigned long long of_warps[EVICT_THREADS / 32], of_blocks[EVICT_BLOCKS];
     const auto cluster = cooperative_groups::this_cluster();
     auto started = cluster.barrier_arrive();
-    const EvictRow& row = a.rows[blockIdx.x / EVICT_BLOCKS];
+    const EvictRow row = a.rows[blockIdx.x / EVICT_BLOCKS];
     const int block = cluster.block_rank(), first = block * EVICT_THREADS + threadIdx.x, step = EVICT_BLOCKS * EVICT_THREADS;
     unsigned long long own = ~0ull;
     for (int i = first; i < row.len - row.recent; i += step)

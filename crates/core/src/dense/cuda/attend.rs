@@ -38,7 +38,7 @@ impl CudaPool {
             _ => self.prefill(batch, &q, &self.pages(batch), mask)?,
         };
         if long < batch.seqs().len() {
-            let (out, lse) = (&state.out, Some(&state.lse));
+            let (out, lse) = (&state.out, address(&state.lse)?);
             self.launch_decode(batch, &q, mask, Outputs { out, lse, scores: None })?;
         }
         Ok(state)
@@ -92,7 +92,7 @@ impl CudaPool {
         let q = self.fit(q)?;
         // SAFETY: the kernel writes every element.
         let out = unsafe { Tensor::empty(q.shape(), dtype, q.device()) }?;
-        self.launch_decode(batch, &q, mask, Outputs { out: &out, lse: None, scores: None })?;
+        self.launch_decode(batch, &q, mask, Outputs { out: &out, lse: 0, scores: None })?;
         Ok(out)
     }
 

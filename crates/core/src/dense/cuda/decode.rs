@@ -60,8 +60,8 @@ impl SharedPlan {
 pub(super) struct Outputs<'a> {
     /// f16, bf16 or f32.
     pub out: &'a Tensor,
-    /// Log-sum-exps.
-    pub lse: Option<&'a Tensor>,
+    /// Address of the log-sum-exps; 0: none.
+    pub lse: u64,
     pub scores: Option<Scores>,
 }
 
@@ -86,7 +86,7 @@ impl CudaPool {
         mask: Mask<'_>,
     ) -> Result<AttentionState> {
         let (out, lse) = self.outputs(batch)?;
-        let outputs = Outputs { out: &out, lse: Some(&lse), scores: None };
+        let outputs = Outputs { out: &out, lse: address(&lse)?, scores: None };
         self.launch_decode(batch, q, mask, outputs)?;
         Ok(AttentionState { out, lse })
     }
@@ -179,7 +179,7 @@ impl CudaPool {
         let args = paged::AttendArgs {
             q: address(q)?,
             out: address(out)?,
-            lse: lse.map_or(Ok(0), address)?,
+            lse,
             part_out: launch.parts,
             part_max,
             part_sum: part_max + of_parts,

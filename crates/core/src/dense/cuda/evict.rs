@@ -1,11 +1,14 @@
 //! A decoded token's attention, and the eviction of one entry of each kv head by it: two launches.
 
+use std::sync::Arc;
+
 use super::CudaPool;
-use super::decode::{Outputs, Scores, part_len};
+use super::decode::{Outputs, Scores};
 use super::prepared::Prepared;
-use crate::cuda::address;
+use crate::cuda::{address, side_stream};
 use crate::{Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists};
 use candle_core::{DType, Device, Tensor};
+use longctx_cuda::cudarc::driver::CudaStream;
 use longctx_cuda::{bytes_of, upload};
 use longctx_kernels::paged::{self, EvictRow};
 
@@ -14,7 +17,16 @@ use longctx_kernels::paged::{self, EvictRow};
 pub(super) struct EvictLists {
     /// Array of [`EvictRow`], one for each kv head.
     pub rows: u64,
+    /// The log-sum-exps.
+    pub lse: u64,
     pub scores: Scores,
+}
+
+impl EvictLists {
+    /// Returns the outputs of attention that the eviction reads.
+    fn outputs<'a>(&self, out: &'a Tensor) -> Outputs<'a> {
+        Outputs { out, lse: self.lse, scores: Some(self.scores) }
+    }
 }
 
 impl CudaPool {
@@ -32,7 +44,8 @@ impl CudaPool {
     }
 
     /// Computes causal attention of one query per sequence, and evicts one entry of each head.
-    /// Launches of a prepared batch follow its lists, and return no entries.
+    /// Launches of a prepared batch follow its lists, and return no entries. The rest of the step
+    /// does not wait for its eviction.
     pub fn attend_and_evict(
         &mut self,
         batch: &Batch,
@@ -41,29 +54,28 @@ impl CudaPool {
         evictions: &[EvictOne],
     ) -> Result<(Tensor, Vec<KeptEntries>)> {
         self.check_queries(batch, q, Mask::Causal)?;
-        let (q, device) = (self.fit(q)?, Device::Cuda(self.device.clone()));
-        let dims = (batch.tokens(), self.shape.heads);
-        // SAFETY: attention writes every output, and every score that is read.
-        let out = unsafe { Tensor::empty(q.shape(), dtype, &device) }?;
-        let lse = unsafe { Tensor::empty(dims, DType::F32, &device) }?;
-        if let Some(prepared) = self.prepared_for(batch)? {
+        let (q, main) = (self.fit(q)?, self.stream());
+        // SAFETY: attention writes every output.
+        let out = unsafe { Tensor::empty(q.shape(), dtype, q.device()) }?;
+        if let (Some(step), Some(prepared)) = (batch.prepared(), self.prepared_for(batch)?) {
             let missing = || Error::Unsupported("an eviction in a step prepared without".into());
             let lists = prepared.evict.ok_or_else(missing)?;
-            let outputs = Outputs { out: &out, lse: Some(&lse), scores: Some(lists.scores) };
-            let launch = (prepared.attend, prepared.columns);
-            self.launch_attend(&q, Mask::Causal, outputs, launch, prepared.tables)?;
-            self.launch_evict(&lse, lists, prepared.tables, prepared.heads)?;
+            self.launch_decode(batch, &q, Mask::Causal, lists.outputs(&out))?;
+            let stream = side_stream(step, &main)?;
+            self.launch_evict(&stream, lists, prepared.tables, prepared.heads)?;
             return Ok((out, Vec::new()));
         }
         let (rows, kept) = self.evict_rows(batch, evictions)?;
-        let row = self.scores_row(batch);
-        let scores = unsafe { Tensor::empty((dims.0, dims.1, row), DType::F32, &device) }?;
+        let (dims, row) = ((batch.tokens(), self.shape.heads), self.scores_row(batch));
+        // SAFETY: attention writes every element that is read.
+        let empty =
+            |columns| unsafe { Tensor::empty((dims.0, dims.1, columns), DType::F32, q.device()) };
+        let (lse, scores) = (empty(1)?, empty(row)?);
+        let (on_device, tables) = (upload(&main, &rows)?, self.tables(batch)?);
         let scores = Scores { address: address(&scores)?, row };
-        let outputs = Outputs { out: &out, lse: Some(&lse), scores: Some(scores) };
-        self.launch_decode(batch, &q, Mask::Causal, outputs)?;
-        let (on_device, tables) = (upload(&self.stream(), &rows)?, self.tables(batch)?);
-        let lists = EvictLists { rows: on_device.address(), scores };
-        self.launch_evict(&lse, lists, tables.address(), rows.len())?;
+        let lists = EvictLists { rows: on_device.address(), lse: address(&lse)?, scores };
+        self.launch_decode(batch, &q, Mask::Causal, lists.outputs(&out))?;
+        self.launch_evict(&main, lists, tables.address(), rows.len())?;
         self.drop_one(batch);
         Ok((out, kept))
     }
@@ -78,14 +90,14 @@ impl CudaPool {
         let missing = || Error::Unsupported("an eviction without a prepared step".into());
         let prepared = self.prepared.ok_or_else(missing)?;
         let (rows, kept) = self.evict_rows(batch, evictions)?;
-        let part_bytes = 4 * part_len(prepared.columns, self.shape.head_dim);
-        let scores = (prepared.attend.max_parts * part_bytes).next_multiple_of(16);
-        let rows = lists.push(bytes_of(&rows), size_of_val(&rows[..]));
-        let row = self.scores_row(batch);
+        let (heads, row) = (batch.tokens() * self.shape.heads, self.scores_row(batch));
         lists.push_size(row);
-        lists.require_workspace(scores + 4 * batch.tokens() * self.shape.heads * row);
-        let evict = Some(EvictLists { rows, scores: Scores { address: scores as u64, row } });
-        self.prepared = Some(Prepared { evict, ..prepared });
+        let evict = EvictLists {
+            rows: lists.push(bytes_of(&rows), size_of_val(&rows[..])),
+            lse: lists.reserve(4 * heads),
+            scores: Scores { address: lists.reserve(4 * heads * row), row },
+        };
+        self.prepared = Some(Prepared { evict: Some(evict), ..prepared });
         self.drop_one(batch);
         Ok(kept)
     }
@@ -185,14 +197,14 @@ impl CudaPool {
     /// Launches the eviction of the rows of `heads` kv heads.
     fn launch_evict(
         &self,
-        lse: &Tensor,
+        stream: &Arc<CudaStream>,
         lists: EvictLists,
         tables: u64,
         heads: usize,
     ) -> Result<()> {
         let args = paged::EvictArgs {
             scores: lists.scores.address,
-            lse: address(lse)?,
+            lse: lists.lse,
             rows: lists.rows,
             tables,
             heads: self.shape.heads as i32,
@@ -202,7 +214,7 @@ impl CudaPool {
         };
         // SAFETY: the arrays have these sizes, the tables name blocks that only their sequence has,
         // and the stream frees no memory before the launch has used it.
-        Ok(unsafe { paged::evict(&self.stream(), &args, heads) }?)
+        Ok(unsafe { paged::evict(stream, &args, heads) }?)
     }
 
     /// Counts the eviction of one entry of each head.

@@ -32,9 +32,10 @@ impl Prepared {
         if let Some(AppendLists { rows, tables, new_blocks }) = &mut self.append {
             [rows, tables, new_blocks].into_iter().for_each(|list| *list += step.lists);
         }
-        if let Some(EvictLists { rows, scores }) = &mut self.evict {
+        if let Some(EvictLists { rows, lse, scores }) = &mut self.evict {
             *rows += step.lists;
-            scores.address += step.workspace;
+            *lse += step.reserved;
+            scores.address += step.reserved;
         }
         Self { attend: self.attend.at(step), ..self }
     }
