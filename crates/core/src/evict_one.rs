@@ -27,6 +27,9 @@ pub struct EvictOne {
     pub sinks: usize,
     /// Number of last entries that are never evicted.
     pub recent: usize,
+    /// Memory for the kept entries, which nothing else uses, if it has their shape; otherwise they
+    /// have new memory.
+    pub outputs: Option<KeptEntries>,
 }
 
 /// The entries of a sequence that [`EvictOne`] leaves, on the device.

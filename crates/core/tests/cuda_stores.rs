@@ -446,6 +446,7 @@ fn evict_step(
         next_position: of.next,
         sinks,
         recent,
+        outputs: None,
     };
     let evictions: Vec<_> = seqs.iter().map(eviction).collect();
     let want = plain.attend(&batch, &q, Mask::Causal).unwrap();

@@ -7,6 +7,8 @@ mod plan;
 mod score;
 mod step;
 
+use std::collections::BTreeMap;
+
 use crate::{
     Budget, EvictionPolicy, Granularity, HeadBudgets, LayerBudgets, Needs, Prefill, Protected,
     Settings,
@@ -16,8 +18,8 @@ use crate::{
 };
 use candle_core::Tensor;
 use longctx_core::{
-    Batch, Error, EvictOne, Footprint, KvCache, KvStore, LayerSpec, PreparedDecode, Result, SeqId,
-    Step, check_unseen,
+    Batch, Error, EvictOne, Footprint, KeptEntries, KvCache, KvStore, LayerSpec, PreparedDecode,
+    Result, SeqId, Step, check_unseen,
 };
 
 /// A cache that keeps, in any store, the entries that a policy selects within a budget, separately
@@ -78,8 +80,10 @@ struct Prepared {
     positions: u64,
     /// Whether each sequence evicts an entry.
     evicts: bool,
-    /// The evictions, whose tensors its kernels read.
+    /// The evictions. Its kernels read their tensors, so these must live until the next step.
     evictions: Vec<EvictOne>,
+    /// The entries that it replaced, whose memory the next step reuses.
+    replaced: BTreeMap<SeqId, KeptEntries>,
 }
 
 /// The state of a sequence outside the store.
@@ -339,6 +343,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {
+        self.prepared.replaced.remove(&seq);
         self.store.remove(seq);
         self.sequences.remove(seq)
     }
@@ -363,7 +368,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
 
     fn footprint(&self) -> Footprint {
         let states = self.sequences.iter().map(|(_, sequence)| sequence.state.footprint());
-        self.store.footprint() + states.sum()
+        self.store.footprint() + states.sum() + self.prepared.footprint()
     }
 
     fn seq_footprint(&self, seq: SeqId) -> Footprint {
@@ -374,6 +379,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
     fn clear(&mut self) {
         self.store.clear();
         self.sequences.clear();
+        self.prepared.replaced.clear();
     }
 }
 
@@ -424,6 +430,16 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 /// Returns each head's number of entries without the newest `count` tokens.
 fn lens_without(entries: &EntryMetadata, count: usize) -> Vec<usize> {
     entries.lens().into_iter().map(|len| len.saturating_sub(count)).collect()
+}
+
+impl Prepared {
+    fn footprint(&self) -> Footprint {
+        let bytes = |kept: &KeptEntries| {
+            4 * kept.positions.elem_count()
+                + kept.scores.as_ref().map_or(0, |of| 4 * of.elem_count())
+        };
+        Footprint { bookkeeping: self.replaced.values().map(bytes).sum(), ..Default::default() }
+    }
 }
 
 impl SeqState {

@@ -2,8 +2,9 @@
 
 use crate::scores::Scores;
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{Result, Selection};
+use longctx_core::{KeptEntries, Result, Selection};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Positions of a sequence's entries per kv head, and the scores carried from call to call.
 #[derive(Debug, Clone)]
@@ -22,8 +23,8 @@ pub struct EntryMetadata {
 enum Positions {
     /// One list per kv head.
     Lists(Vec<Vec<u32>>),
-    /// `[kv_heads, entries]`, u32, on a CUDA device.
-    OnDevice(Tensor),
+    /// `[kv_heads, entries]`, u32, on a CUDA device. Forks share it.
+    OnDevice(Arc<Tensor>),
 }
 
 /// The metadata of entries selected on a CUDA device.
@@ -79,11 +80,24 @@ impl EntryMetadata {
     }
 
     /// Keeps the entries at these positions, `[kv_heads, entries]` in u32, with the scores to carry
-    /// to the next call.
-    pub fn keep_on_device(&mut self, positions: Tensor, scores: Option<Tensor>) {
-        self.kept = Positions::OnDevice(positions);
-        self.scores = scores.map(Scores::OnDevice);
+    /// to the next call. Returns the entries that they replace, unless they are on the host or a
+    /// fork shares them.
+    pub fn keep_on_device(
+        &mut self,
+        positions: Tensor,
+        scores: Option<Tensor>,
+    ) -> Option<KeptEntries> {
         self.newer = self.newer.end..self.newer.end;
+        let scores = std::mem::replace(&mut self.scores, scores.map(Scores::OnDevice));
+        let kept = Positions::OnDevice(Arc::new(positions));
+        let Positions::OnDevice(positions) = std::mem::replace(&mut self.kept, kept) else {
+            return None;
+        };
+        let scores = match scores {
+            Some(Scores::OnDevice(scores)) => Some(scores),
+            _ => None,
+        };
+        Some(KeptEntries { positions: Arc::into_inner(positions)?, scores })
     }
 
     /// Returns the device of the positions and scores; `None` if some are on the host.
@@ -100,7 +114,7 @@ impl EntryMetadata {
     /// entry. Later ones follow it.
     pub fn kept_positions(&self, device: &Device) -> Result<(Option<Tensor>, u32)> {
         let kept = match &self.kept {
-            Positions::OnDevice(kept) => Some(kept.clone()),
+            Positions::OnDevice(kept) => Some(kept.as_ref().clone()),
             Positions::Lists(lists) if lists[0].is_empty() => None,
             Positions::Lists(lists) => {
                 let dims = (self.kv_heads, lists[0].len());

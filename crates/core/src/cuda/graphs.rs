@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{SideStream, address};
-use crate::{Batch, Error, KvCache, PreparedStep, Result, StepLists};
-use candle_core::{CudaDevice, DType, Device, Tensor};
+use crate::{Batch, Error, KvCache, PreparedDecode, PreparedStep, Result, StepLists};
+use candle_core::{CudaDevice, DType, Device, Shape, Tensor};
 use longctx_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use longctx_cuda::cudarc::driver::{CudaGraph, CudaSlice, CudaStream, DevicePtr, result};
 use longctx_cuda::{Staging, bytes_of};
@@ -48,8 +48,8 @@ struct Graph {
 }
 
 enum State {
-    /// A step with this layout has run.
-    Ready,
+    /// A step with this layout has run, and had logits of this shape.
+    Ready(Shape, DType),
     Captured(Captured),
     /// The model's step cannot be captured.
     Refused,
@@ -59,7 +59,8 @@ struct Captured {
     graph: CudaGraph,
     /// The graph's input, `[sequences]`, which it copies from the lists.
     _ids: Tensor,
-    /// The graph's output, overwritten by each launch.
+    /// The graph's output, overwritten by each launch. A graph frees all memory that it allocates,
+    /// so this is allocated outside.
     logits: Tensor,
 }
 
@@ -118,32 +119,36 @@ impl DecodeGraphs {
     ) -> Result<Tensor> {
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
-        let prepares = |cache: &mut Box<dyn KvCache>| {
-            cache.can_append(batch) && cache.prepared_decode(batch).is_some()
-        };
         let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
-        if seqs > self.max_seqs || refused || !caches.iter_mut().all(prepares) {
+        let layers = match seqs > self.max_seqs || refused {
+            true => None,
+            false => caches.iter_mut().map(|cache| prepares(cache, batch)).collect(),
+        };
+        let Some(layers) = layers else {
             return forward(caches, batch, &ids_on(&self.device)?);
-        }
-        let memory = self.prepare(batch, ids, caches, states)?;
+        };
+        let memory = self.prepare(batch, ids, layers, states)?;
         let batch = batch.with_prepared(memory);
         self.steps += 1;
         let known = self.graphs.get_mut(&seqs);
         let equal = |of: &&mut Graph| of.memory == memory && of.layout == self.lists.layout();
         let Some(known) = known.filter(equal) else {
-            let (last_used, layout) = (self.steps, self.lists.layout().to_vec());
-            self.graphs.insert(seqs, Graph { last_used, layout, memory, state: State::Ready });
-            self.drop_oldest();
             let ids = ids_on(&self.device)?;
             // Shapes and strides that candle copies to the device are kept for the capture.
             let _kept = self.device.enable_cuda_graph_htod_cache();
-            return self.side.beside(|| forward(caches, &batch, &ids));
+            let logits = self.side.beside(|| forward(caches, &batch, &ids))?;
+            let (last_used, layout) = (self.steps, self.lists.layout().to_vec());
+            let state = State::Ready(logits.shape().clone(), logits.dtype());
+            self.graphs.insert(seqs, Graph { last_used, layout, memory, state });
+            self.drop_oldest();
+            return Ok(logits);
         };
         known.last_used = self.steps;
-        if let State::Ready = known.state {
+        if let State::Ready(shape, dtype) = &known.state {
+            let logits = Tensor::zeros(shape, *dtype, &Device::Cuda(self.device.clone()))?;
             let forward: &mut Forward<'_> =
                 &mut |caches, batch, ids| self.side.beside(|| forward(caches, batch, ids));
-            known.state = capture(&self.device, &batch, memory, caches, forward)?;
+            known.state = capture(&self.device, &batch, memory, caches, forward, logits)?;
         }
         match &known.state {
             State::Captured(step) => {
@@ -158,20 +163,18 @@ impl DecodeGraphs {
         }
     }
 
-    /// Prepares all caches, and copies their lists to the device.
+    /// Prepares the caches of all layers, and copies their lists to the device.
     fn prepare(
         &mut self,
         batch: &Batch,
         ids: &[u32],
-        caches: &mut [Box<dyn KvCache>],
+        layers: Vec<&mut dyn PreparedDecode>,
         states: &[u64],
     ) -> Result<PreparedStep> {
         self.lists.clear();
         self.lists.push(bytes_of(ids), size_of_val(ids));
         states.iter().for_each(|&address| self.lists.push_size(address as usize));
-        for cache in caches {
-            let unprepared = || Error::Unsupported("a prepared decode step of this cache".into());
-            let cache = cache.prepared_decode(batch).ok_or_else(unprepared)?;
+        for cache in layers {
             cache.prepare_decode(batch, &mut self.lists)?;
         }
         let stream = self.device.cuda_stream();
@@ -199,31 +202,39 @@ impl DecodeGraphs {
     }
 }
 
-/// Captures a prepared step. The lists start with the token ids.
+/// Returns a cache that can prepare a step of the batch.
+fn prepares<'a>(
+    cache: &'a mut Box<dyn KvCache>,
+    batch: &Batch,
+) -> Option<&'a mut dyn PreparedDecode> {
+    if cache.can_append(batch) { cache.prepared_decode(batch) } else { None }
+}
+
+/// Captures a prepared step, which copies its output to `logits`. The lists start with the token ids.
 fn capture(
     device: &CudaDevice,
     batch: &Batch,
     memory: PreparedStep,
     caches: &mut [Box<dyn KvCache>],
     forward: &mut Forward<'_>,
+    logits: Tensor,
 ) -> Result<State> {
     let (seqs, stream) = (batch.seqs().len(), device.cuda_stream());
     let ids = Tensor::zeros(seqs, DType::U32, &Device::Cuda(device.clone()))?;
     let _kept = device.enable_cuda_graph_htod_cache();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    let logits = (|| {
+    let done: Result<()> = (|| {
         let (to, stream) = (address(&ids)?, stream.cu_stream());
         // SAFETY: both hold an id per sequence, and the stream orders the copy.
         unsafe { result::memcpy_dtod_async(to, memory.lists, 4 * seqs, stream) }?;
-        forward(caches, batch, &ids)
+        let out = forward(caches, batch, &ids)?.contiguous()?;
+        Ok(logits.slice_set(&out, 0, 0)?)
     })();
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    match (logits, stream.end_capture(flags)) {
-        (Ok(logits), Ok(Some(graph))) => Ok(State::Captured(Captured { graph, _ids: ids, logits })),
-        (logits, _) => {
-            // The step runs without a graph, so the errors of the capture, and of freeing its
-            // memory, are of no further use.
-            drop(logits);
+    match (done, stream.end_capture(flags)) {
+        (Ok(()), Ok(Some(graph))) => Ok(State::Captured(Captured { graph, _ids: ids, logits })),
+        _ => {
+            // The step runs without a graph, so the errors of the capture are of no further use.
             _ = stream.context().check_err();
             Ok(State::Refused)
         }

@@ -20,7 +20,7 @@ use crate::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
 use blocks::Blocks;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use longctx_kernels::{Half, PAGE};
+use longctx_kernels::{Half, PAGE, paged};
 use prepared::Prepared;
 use tables::LastTables;
 
@@ -35,6 +35,8 @@ pub struct CudaPool {
     last_tables: LastTables,
     /// The last prepared decode step.
     prepared: Option<Prepared>,
+    /// Whether the device has the kernel that evicts.
+    has_evict: bool,
 }
 
 /// The block tables of a sequence.
@@ -68,10 +70,17 @@ impl CudaPool {
         if !crate::attention::has_kernels(device, dtype, shape)? {
             return Ok(None);
         }
-        let size = 2 * 2 * PAGE * shape.head_dim;
-        let blocks = Blocks::new(device.cuda_stream(), size, capacity);
-        let (device, seqs, last_tables) = (device.clone(), BTreeMap::new(), LastTables::default());
-        Ok(Some(Self { shape: *shape, dtype, device, blocks, seqs, last_tables, prepared: None }))
+        let (size, stream) = (2 * 2 * PAGE * shape.head_dim, device.cuda_stream());
+        Ok(Some(Self {
+            shape: *shape,
+            dtype,
+            device: device.clone(),
+            has_evict: paged::evicts(stream.context())?,
+            blocks: Blocks::new(stream, size, capacity),
+            seqs: BTreeMap::new(),
+            last_tables: LastTables::default(),
+            prepared: None,
+        }))
     }
 
     fn stream(&self) -> Arc<CudaStream> {

@@ -1,5 +1,7 @@
 //! Decoded tokens that each evict one entry: a CUDA device scores and evicts in one launch.
 
+use std::collections::BTreeMap;
+
 use super::PolicyCache;
 use crate::{EvictionPolicy, ReducedHeads};
 use candle_core::{Device, Tensor};
@@ -37,10 +39,12 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 
     /// Adds the eviction to a prepared step.
     pub(super) fn prepare_evict(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
-        let evictions = self.evictions(batch, None)?;
+        let mut evictions = self.evictions(batch, None)?;
+        for (seq, eviction) in batch.seqs().iter().zip(&mut evictions) {
+            eviction.outputs = self.prepared.replaced.remove(seq);
+        }
         let kept = self.store.prepare_evict(batch, &evictions, lists)?;
-        self.keep(batch, kept);
-        // The step is launched after the previous entries have been replaced.
+        self.prepared.replaced = self.keep(batch, kept);
         self.prepared.evictions = evictions;
         Ok(())
     }
@@ -71,19 +75,24 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
                 next_position,
                 sinks,
                 recent: recent.min(limits.budgets[0] - sinks),
+                outputs: None,
             })
         };
         batch.seqs().iter().map(eviction).collect()
     }
 
-    /// Replaces the entries of the sequences of a batch, and counts its tokens.
-    fn keep(&mut self, batch: &Batch, kept: Vec<KeptEntries>) {
+    /// Replaces the entries of the sequences of a batch, and counts its tokens. Returns the memory of
+    /// the replaced entries.
+    fn keep(&mut self, batch: &Batch, kept: Vec<KeptEntries>) -> BTreeMap<SeqId, KeptEntries> {
+        let mut replaced = BTreeMap::new();
         for (&seq, kept) in batch.seqs().iter().zip(kept) {
             self.sequences.advance(seq, 1);
             if let Some(sequence) = self.sequences.get_mut(seq) {
-                sequence.state.metadata.keep_on_device(kept.positions, kept.scores);
+                let before = sequence.state.metadata.keep_on_device(kept.positions, kept.scores);
+                replaced.extend(before.map(|before| (seq, before)));
                 sequence.state.seen_at_eviction = sequence.seen;
             }
         }
+        replaced
     }
 }

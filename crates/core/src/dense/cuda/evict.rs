@@ -39,8 +39,7 @@ impl CudaPool {
             let own = |&block: &u32| !self.blocks.shared(block);
             sequence.heads.iter().all(|table| table.len == len && table.blocks.iter().all(own))
         };
-        let has_kernel = paged::evicts(self.stream().context()).unwrap_or(false);
-        has_kernel && self.decodes(1) && seqs.iter().all(of_seq)
+        self.has_evict && self.decodes(1) && seqs.iter().all(of_seq)
     }
 
     /// Computes causal attention of one query per sequence, and evicts one entry of each head.
@@ -125,7 +124,7 @@ impl CudaPool {
                 let expected = format!("fewer than {len}");
                 return Err(Error::mismatch("protected entries", expected, of.sinks + of.recent));
             }
-            let kept = self.kept_entries(len - 1, of.carries_scores)?;
+            let kept = self.kept_entries(of, len - 1)?;
             let first = self.evict_row(of, &kept, len)?;
             for kv_head in 0..self.shape.kv_heads {
                 let at = |start: u64, columns: i32| match start {
@@ -148,11 +147,19 @@ impl CudaPool {
         Ok((rows, all_kept))
     }
 
-    fn kept_entries(&self, count: usize, scores: bool) -> Result<KeptEntries> {
+    fn kept_entries(&self, of: &EvictOne, count: usize) -> Result<KeptEntries> {
         let (dims, device) = ((self.shape.kv_heads, count), Device::Cuda(self.device.clone()));
+        let fits = |kept: &&KeptEntries| {
+            let KeptEntries { positions, scores } = kept;
+            let scores_fit = scores.as_ref().is_some_and(|of| of.dims() == positions.dims());
+            positions.dims() == [dims.0, dims.1] && (scores_fit || !of.carries_scores)
+        };
+        if let Some(kept) = of.outputs.as_ref().filter(fits) {
+            return Ok(kept.clone());
+        }
         // SAFETY: the kernel writes every element.
         let empty = |dtype| unsafe { Tensor::empty(dims, dtype, &device) };
-        let scores = scores.then(|| empty(DType::F32)).transpose()?;
+        let scores = of.carries_scores.then(|| empty(DType::F32)).transpose()?;
         Ok(KeptEntries { positions: empty(DType::U32)?, scores })
     }
 
