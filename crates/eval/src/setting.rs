@@ -62,6 +62,10 @@ pub struct ServerSetting {
     /// model in this process gets them, instead of text.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub token_ids: bool,
+    /// Further fields of each request, for options that the server's API sets by request:
+    /// `{ repeat_penalty = 1.0 }`.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub extra_body: serde_json::Map<String, serde_json::Value>,
     /// Bytes that the server's cache holds for a token, for ratios.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_per_token: Option<f64>,

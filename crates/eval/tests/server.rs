@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use longctx_eval::setting::{Api, ServerSetting};
+use longctx_eval::setting::{self, Api, ServerSetting};
 use longctx_eval::{
     Category, Event, Limits, Methods, Plan, Question, Sample, Samples, Score, Server, Setting,
     Shard, Subject, SubjectError, Task, Text, records, run,
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// The server's reaction to a request.
 #[derive(Debug, Clone, Copy)]
@@ -73,6 +73,7 @@ impl Fake {
             tries: 4,
             timeout_seconds: 2,
             tokenizer: None,
+            extra_body: Map::from_iter([("repeat_penalty".into(), json!(1.0))]),
             bytes_per_token: Some(50.0),
             dense_bytes_per_token: Some(100.0),
         };
@@ -231,6 +232,7 @@ fn answers_are_streamed_and_concurrent() {
         (&body["model"], &body["max_tokens"], &body["temperature"]),
         (&json!("small"), &json!(8), &json!(0))
     );
+    assert_eq!(body["repeat_penalty"], 1.0);
     assert!(body["prompt"].as_str().unwrap().ends_with(" twice? It is"), "{body}");
     assert!((2..=3).contains(&fake.at_once.load(Ordering::SeqCst)));
 }
@@ -355,6 +357,20 @@ fn an_unreachable_server_is_named() {
     server_of(&mut setting).concurrency = 0;
     assert!(Server::new(&setting).err().unwrap().to_string().contains("above 0"));
     assert!(Server::new(&Setting::of("http", "small", 10)).is_err());
+}
+
+#[test]
+fn extra_fields_cannot_replace_those_of_the_evaluation() {
+    let toml = |extra: &str| {
+        let text = format!(
+            "[[setting]]\nname = \"a\"\nmethod = \"http\"\nmodel = \"m\"\ncontext = 100\n\
+             [setting.server]\nurl = \"http://127.0.0.1:9/v1\"\nextra_body = {extra}\n"
+        );
+        setting::from_toml(&text).unwrap().remove(0)
+    };
+    assert!(Server::new(&toml("{ repeat_penalty = 1.0, stop = [\"x\"] }")).is_ok());
+    let error = Server::new(&toml("{ temperature = 1.0 }")).err().unwrap().to_string();
+    assert!(error.contains("extra_body") && error.contains("temperature"), "{error}");
 }
 
 fn server_of(setting: &mut Setting) -> &mut ServerSetting {

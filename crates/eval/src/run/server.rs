@@ -22,6 +22,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// The largest size of a line of a stream, or of an answer that is not streamed, in bytes.
 const MAX_BYTES: u64 = 64 << 20;
 
+/// The fields of a request that a setting's `extra_body` cannot have.
+const OWN_FIELDS: [&str; 7] =
+    ["model", "prompt", "messages", "max_tokens", "temperature", "stream", "stream_options"];
+
 /// A server as a subject: greedy, streamed, with several concurrent requests.
 ///
 /// A failed attempt is repeated after a broken connection, a time-out, status 408, 409, 429 or 5xx,
@@ -43,8 +47,8 @@ impl Server {
     /// Creates the server of a setting.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the setting names no server, a number is 0, or the environment
-    /// variable of the key is not set.
+    /// [`Error::Setting`] if the setting names no server, a number is 0, the environment variable of
+    /// the key is not set, or `extra_body` has a field that every request has.
     pub fn new(setting: &Setting) -> Result<Self> {
         let wrong =
             |expected: &str, got: String| Error::setting(setting.name.clone(), expected, got);
@@ -56,6 +60,11 @@ impl Server {
         }
         if server.token_ids && server.tokenizer.is_none() {
             return Err(wrong("a server's tokenizer, for token ids", "none".into()));
+        }
+        if let Some(field) = server.extra_body.keys().find(|field| OWN_FIELDS.contains(&&***field))
+        {
+            let expected = format!("an extra_body without {OWN_FIELDS:?}");
+            return Err(wrong(&expected, field.clone()));
         }
         let key = |name: &String| {
             std::env::var(name)
@@ -294,6 +303,9 @@ impl Client<'_> {
             "stream": true,
             "stream_options": {"include_usage": true},
         });
+        for (field, value) in &self.setting.extra_body {
+            body[field] = value.clone();
+        }
         match self.setting.api {
             Api::Completions => {
                 let Prompt { text: prompt, in_template } = prompt;
