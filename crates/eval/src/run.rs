@@ -139,6 +139,9 @@ pub fn run(
     methods: &Methods<'_>,
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Summary> {
+    if plan.shard.count == 0 {
+        return Err(Error::setting("number of shards", "at least 1", 0));
+    }
     if !(1..=plan.shard.count).contains(&plan.shard.index) {
         let expected = format!("1 to {}", plan.shard.count);
         return Err(Error::setting("shard", expected, plan.shard.index));

@@ -279,8 +279,9 @@ impl Fixture {
         let (keys, values) =
             (self.random.numbers(tokens * KV * D), self.random.numbers(tokens * KV * V));
         let room = self.pool.can_append(&seqs, &cu);
-        assert_eq!(self.pool.append(&seqs, &cu, &keys, &values).is_ok(), room);
-        if room {
+        let done = self.pool.append(&seqs, &cu, &keys, &values).is_ok();
+        assert!(done || !room);
+        if done {
             let all = |i: usize| (0..(cu[i + 1] - cu[i]) as u32).collect();
             let lists: Vec<Vec<u32>> = (0..seqs.len() * KV).map(|list| all(list / KV)).collect();
             self.take(&seqs, &cu, &keys, &values, &lists);

@@ -258,10 +258,11 @@ fn a_full_pool_changes_nothing() {
         feed(&mut pool, 1, 0, 150);
         pool.fork(1, 2).unwrap();
         let mut len = 150;
-        while pool.can_append(&[1], &[0, 37]) {
+        while pool.bytes_needed(&[1], &[0, 37]).unwrap() <= pool.free_bytes() {
             feed(&mut pool, 1, len, len + 37);
             len += 37;
         }
+        assert!(!pool.can_append(&[1], &[0, 37]));
         let before = (all(&pool, 1), all(&pool, 2), pool.footprint(), pool.free_bytes());
         let (k, v) = tokens(1, 0, 37);
         let Err(Error::PoolFull { needed, free }) = pool.append(&[1], &[0, 37], &k, &v) else {
@@ -277,6 +278,41 @@ fn a_full_pool_changes_nothing() {
         // Blocks that another sequence frees can be taken.
         pool.truncate(1, 10).unwrap();
         assert!(pool.can_append(&[1], &[0, 37]));
+    }
+}
+
+/// An engine asks once, for all tokens of a request, and then appends them in any parts.
+#[test]
+fn tokens_for_which_there_is_room_can_be_appended_in_parts() {
+    const PLENTY: usize = 1 << 30;
+    let kivi = |residual| Format::kivi(Bits::Four, Bits::Four, 32, residual).unwrap();
+    let rolling = |residual| Format::kivi_rolling(Bits::Eight, Bits::Eight, 32, residual).unwrap();
+    let flexgen = Format::flexgen(Bits::Four, Bits::Four, 32).unwrap();
+    let (k, v) = tokens(1, 0, 700);
+    let part = |from, to| (&k[from * KV * D..to * KV * D], &v[from * KV * V..to * KV * V]);
+    for format in [kivi(32), kivi(128), rolling(0), rolling(40), rolling(128), flexgen] {
+        for (first, total) in [(1, 39), (1, 300), (40, 7), (130, 35), (150, 120), (300, 400)] {
+            let mut whole = pool(format);
+            let (keys, values) = part(0, first);
+            whole.append(&[1], &[0, first], keys, values).unwrap();
+            whole.fork(1, 2).unwrap();
+            let used = PLENTY - whole.clone().with_capacity(PLENTY).free_bytes();
+            // The least room for which the answer is yes.
+            let within = |bytes: usize| whole.clone().with_capacity(used + bytes);
+            let fits = |&bytes: &usize| within(bytes).can_append(&[1, 2], &[0, total, 2 * total]);
+            let bytes = (0..).step_by(256).find(fits).unwrap();
+            for step in [1, 13, total] {
+                let mut pool = within(bytes);
+                for from in (first..first + total).step_by(step) {
+                    let to = (from + step).min(first + total);
+                    let (keys, values) = part(from, to);
+                    for seq in [1, 2] {
+                        let done = pool.append(&[seq], &[0, to - from], keys, values);
+                        assert!(done.is_ok(), "{format:?}, {first} + {total}, {to}: {done:?}");
+                    }
+                }
+            }
+        }
     }
 }
 

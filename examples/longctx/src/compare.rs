@@ -101,7 +101,8 @@ pub fn compare(args: Args) -> Result<()> {
     if let Some(limit) = llm.context_length() {
         ensure!(
             longest + args.max_tokens <= limit,
-            "a prompt of {longest} tokens does not fit the model's context of {limit}; reduce --words"
+            "a prompt of {longest} tokens and an answer of {} do not fit the model's context of {limit}; reduce --words or --max-tokens",
+            args.max_tokens
         );
     }
     say!("{name}: {} prompts, the longest of {longest} tokens.", prompts.len());

@@ -39,6 +39,10 @@ pub struct Args {
 /// replaces it.
 const COUNTED: usize = 2048;
 
+/// The largest number of channels of a layer's keys whose bytes are counted, more than any model
+/// has.
+const MAX_CHANNELS: usize = 1 << 17;
+
 /// Bytes of one sequence in a layer: a fixed part, and a part that grows with its tokens up to the
 /// window.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +78,12 @@ fn max_tokens(layers: &[Growth], room: f64) -> Option<usize> {
 
 pub fn plan(args: Args) -> Result<()> {
     let (config, files) = read(&args.model)?;
+    let channels = config.kv_heads.saturating_mul(config.head_dim);
+    ensure!(
+        channels <= MAX_CHANNELS,
+        "{}: expected at most {MAX_CHANNELS} channels of keys in a layer, got {channels}",
+        args.model.display()
+    );
     let weights = args.weights.unwrap_or(files);
     ensure!(
         args.memory > weights,

@@ -130,6 +130,10 @@ fn plan_needs_no_weights() {
     let (succeeded, said) = plan(&["--memory", "1GB", "--weights", "2GB"]);
     assert!(!succeeded && said.contains("nothing is left"), "{said}");
     assert!(!plan(&["--memory", "much"]).0);
+    // Such keys would not fit in this computer's memory.
+    std::fs::write(&path, config.replace("\"head_dim\": 64", "\"head_dim\": 1000000000")).unwrap();
+    let (succeeded, said) = plan(&["--memory", "1GB"]);
+    assert!(!succeeded && said.contains("got 2000000000"), "{said}");
 }
 
 #[test]

@@ -223,6 +223,30 @@ fn agreement_over_passages_is_the_mean_of_each() {
     }
 }
 
+/// A setting is compared with the dense model under its own limit of the prompt.
+#[test]
+fn agreement_is_with_the_same_prompt() {
+    let folder = tempfile::tempdir().unwrap();
+    let [text, settings, out] = ["text", "settings.toml", "out"].map(|n| folder.path().join(n));
+    std::fs::write(&text, "the cat and a dog saw one of the birds ".repeat(20)).unwrap();
+    let setting = |name: &str, context: usize| {
+        format!(
+            "[[setting]]\nname = {name:?}\nmethod = \"dense-f16\"\nmodel = \"\"\ncontext = {context}\n"
+        )
+    };
+    std::fs::write(&settings, setting("short", 20) + &setting("long", 4000)).unwrap();
+    let mut command = eval("agree");
+    command.args(["--model", "embedded", "--settings", "short,long", "--settings-file"]);
+    command.arg(&settings).args(["--prompt-words", "100", "--words", "20", "--text"]);
+    succeed(command.arg(&text).arg("--out").arg(&out));
+    let lines = std::fs::read_to_string(out.join("agreement.jsonl")).unwrap();
+    for line in lines.lines() {
+        let agreement: Agreement = serde_json::from_str(line).unwrap();
+        assert!(agreement.kl < 1e-9, "{line}");
+    }
+    assert_eq!(lines.lines().count(), 2);
+}
+
 /// Array jobs and scripts see by the exit code that samples have no result.
 #[test]
 fn a_run_with_failures_exits_with_1_and_names_them() {

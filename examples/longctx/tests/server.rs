@@ -1,8 +1,10 @@
 //! Compares answers over HTTP with those of the same model and cache in this process.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 
 use longctx_eval::long_generation::{self, Size};
 use longctx_eval::{
@@ -23,9 +25,14 @@ struct Served {
 
 impl Served {
     fn start() -> Self {
+        Self::with(&[])
+    }
+
+    fn with(options: &[&str]) -> Self {
         let mut process = Command::new(env!("CARGO_BIN_EXE_longctx"))
             .args(["serve", "--model", "embedded", "--method", CACHE, "--prefill-chunk", "0"])
             .args(["--address", "127.0.0.1:0"])
+            .args(options)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -33,6 +40,23 @@ impl Served {
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let (_, url) = line.trim().rsplit_once(" at ").expect("the address");
         Self { process, url: format!("{url}/v1") }
+    }
+}
+
+impl Served {
+    /// Asks for a completion. Returns the response: status line, headers and body.
+    fn ask(&self, body: &str) -> String {
+        let host = self.url.trim_start_matches("http://").trim_end_matches("/v1");
+        let mut stream = TcpStream::connect(host).unwrap();
+        let length = body.len();
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n\
+             content-length: {length}\r\nconnection: close\r\n\r\n"
+        );
+        stream.write_all((head + body).as_bytes()).unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        response
     }
 }
 
@@ -103,4 +127,44 @@ fn answers_over_http_are_those_in_process() {
     for (sample, answers) in answers {
         assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "{sample:?}: {answers:?}");
     }
+}
+
+#[test]
+fn invalid_requests_are_refused_with_their_reason_and_fail_no_other() {
+    let served = Served::start();
+    let good = r#"{"prompt": "The sky is", "max_tokens": 40, "temperature": 0}"#;
+    let wrong = [
+        (r#""prompt": [1, 2, 4096]"#, "token 2: expected an id below 4096, got 4096"),
+        (r#""prompt": "a", "max_tokens": 0"#, "max_tokens: expected at least 1, got 0"),
+        (r#""prompt": "a", "temperature": -1"#, "`temperature`"),
+        (r#""prompt": "a", "temperature": 1e300"#, "`temperature`"),
+        (r#""prompt": "a", "top_p": 2"#, "`top_p`"),
+        (r#""prompt": 5"#, "expected a text, a list of one text, or a list of token ids"),
+        (r#""prompt": "a", "stop": 5"#, "stop: expected a text or a list of texts"),
+    ];
+    thread::scope(|scope| {
+        let answers: Vec<_> = (0..4).map(|_| scope.spawn(|| served.ask(good))).collect();
+        for (fields, reason) in wrong {
+            let response = served.ask(&format!("{{{fields}}}"));
+            assert!(response.starts_with("HTTP/1.1 4"), "{fields}: {response}");
+            assert!(response.contains(reason), "{fields}: {response}");
+        }
+        for answer in answers {
+            let answer = answer.join().unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        }
+    });
+}
+
+#[test]
+fn more_requests_than_the_queue_holds_are_refused() {
+    let served = Served::with(&["--queue", "2", "--cache-mib", "1"]);
+    let long = r#"{"prompt": "The sky is", "max_tokens": 400, "temperature": 0}"#;
+    let statuses: Vec<String> = thread::scope(|scope| {
+        let asked: Vec<_> = (0..30).map(|_| scope.spawn(|| served.ask(long))).collect();
+        asked.into_iter().map(|asked| asked.join().unwrap()[9..12].to_owned()).collect()
+    });
+    let count = |status: &str| statuses.iter().filter(|own| *own == status).count();
+    assert!(count("200") > 0 && count("429") > 0, "{statuses:?}");
+    assert_eq!(count("200") + count("429"), 30, "{statuses:?}");
 }

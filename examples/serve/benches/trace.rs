@@ -206,6 +206,7 @@ async fn send(
         let (events, mut received) = unbounded_channel();
         let prompt = (0..prompt).map(|_| random.random_range(0..vocab)).collect();
         let (sampling, stop) = (Sampling::Greedy, Vec::new());
+        metrics.waiting.inc();
         requests.send(Request { prompt, max_tokens: answer, sampling, stop, events })?;
         let sent = Instant::now();
         waiting.push(tokio::spawn(async move {

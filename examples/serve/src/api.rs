@@ -21,7 +21,7 @@ pub struct Completion {
 
 /// A prompt as text or as tokens.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, a list of one text, or a list of token ids")]
 pub enum Prompt {
     /// Text.
     Text(String),
@@ -55,7 +55,7 @@ pub struct Turn {
 
 /// A message's text, whole or in parts.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, or a list of parts of type \"text\"")]
 pub enum Content {
     /// One text.
     Text(String),
@@ -117,7 +117,7 @@ pub struct StreamOptions {
 
 /// One stop string or several.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "stop: expected a text or a list of texts")]
 pub enum Stop {
     /// One string.
     One(String),
@@ -129,7 +129,7 @@ impl Common {
     /// Returns the parameters of sampling. `seed` is the default seed.
     pub fn sampling(&self, seed: u64) -> Sampling {
         match self.temperature {
-            Some(temperature) if temperature <= 0.0 => Sampling::Greedy,
+            Some(0.0) => Sampling::Greedy,
             temperature => Sampling::Random {
                 temperature: temperature.unwrap_or(1.0),
                 top_k: None,

@@ -6,12 +6,16 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use longctx_examples::llm::Llm;
 use longctx_examples::model;
+use longctx_examples::output::number;
 use longctx_examples::place::Place;
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::metrics::Metrics;
 use crate::routes::{self, App};
 use crate::scheduler::{Options, Scheduler};
+
+/// The largest accepted memory limit: 16 EiB exceed a number of bytes.
+const MAX_MIB: usize = (1 << 44) - 1;
 
 /// The options of the server.
 #[derive(clap::Args)]
@@ -26,7 +30,7 @@ pub struct Args {
     #[arg(long, default_value = "dense-f16")]
     method: String,
     /// Memory limit of the keys and values of all sequences, in MiB; by default there is none
-    #[arg(long)]
+    #[arg(long, value_parser = number::<1, MAX_MIB>)]
     cache_mib: Option<usize>,
     /// Tokens of a prompt per step; 0 feeds the whole prompt, which is exact with every method but
     /// does not reuse prefixes
@@ -68,6 +72,7 @@ pub async fn serve(args: Args) -> Result<()> {
     let (requests, received) = unbounded_channel();
     let context = llm.context_length().unwrap_or(usize::MAX);
     let session = llm.session_with(&args.method, args.cache_mib.map(|mib| mib << 20))?;
+    let vocab_size = session.vocab_size();
     let options = Options {
         prefill_chunk: Some(args.prefill_chunk).filter(|&chunk| chunk > 0),
         step_tokens: args.step_tokens,
@@ -79,6 +84,7 @@ pub async fn serve(args: Args) -> Result<()> {
         llm,
         name: listed_name(&name),
         context,
+        vocab_size,
         max_tokens: args.max_tokens,
         queue: args.queue,
         api_key: args.api_key,

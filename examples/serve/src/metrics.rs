@@ -28,7 +28,7 @@ pub struct Metrics {
     pub written_tokens: Counter,
     /// Running requests.
     pub running: Gauge,
-    /// Requests waiting for memory.
+    /// Requests that have not started: they wait for the current step, or for memory.
     pub waiting: Gauge,
     /// Sequences of the model, including kept prefixes.
     pub sequences: Gauge,
@@ -67,7 +67,7 @@ impl Default for Metrics {
             counter(&mut registry, "cached_tokens", "Tokens of prompts from kept prefixes");
         let written_tokens = counter(&mut registry, "written_tokens", "Tokens written");
         let running = gauge(&mut registry, "requests_running", "Requests at work");
-        let waiting = gauge(&mut registry, "requests_waiting", "Requests that wait for memory");
+        let waiting = gauge(&mut registry, "requests_waiting", "Requests that have not started");
         let sequences = gauge(&mut registry, "sequences", "Sequences held, prefixes included");
         let kv_bytes = gauge(&mut registry, "kv_bytes", "Bytes of the sequences' keys and values");
         let first_token = Histogram::new(exponential_buckets(0.01, 2.0, 14));

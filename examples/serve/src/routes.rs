@@ -13,6 +13,7 @@ use axum::response::sse::{Event as SseEvent, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use longctx_core::Sampler;
 use longctx_examples::llm::Llm;
 use serde_json::{Value, json};
 use subtle::ConstantTimeEq;
@@ -32,6 +33,8 @@ pub struct App {
     pub name: String,
     /// The largest number of tokens of a prompt and its answer.
     pub context: usize,
+    /// The size of the vocabulary.
+    pub vocab_size: usize,
     /// The largest number of tokens of an answer.
     pub max_tokens: usize,
     /// The largest number of waiting requests.
@@ -88,15 +91,19 @@ async fn completions(
     body: Result<Json<Completion>, JsonRejection>,
 ) -> Result<Response, Failure> {
     let Json(request) = body.map_err(refused)?;
-    let prompt = match request.prompt {
-        Prompt::Text(text) => app.llm.encode(&text).map_err(Failure::bad_request)?,
-        Prompt::Tokens(tokens) => tokens,
+    let text = match request.prompt {
+        Prompt::Text(text) => Ok(text),
+        Prompt::Tokens(tokens) => Err(tokens),
         Prompt::Texts(mut texts) => match (texts.pop(), texts.is_empty()) {
-            (Some(text), true) => app.llm.encode(&text).map_err(Failure::bad_request)?,
+            (Some(text), true) => Ok(text),
             _ => {
                 return Err(Failure::bad_request("prompt: expected one text, got several or none"));
             }
         },
+    };
+    let prompt = match text {
+        Ok(text) => tokenized(&app, move |llm| llm.encode(&text)).await?,
+        Err(tokens) => tokens,
     };
     let answer = begin(&app, prompt, request.max_tokens.or(Some(16)), &request.common)?;
     let shape = Shape::new(
@@ -115,7 +122,7 @@ async fn chat_completions(
 ) -> Result<Response, Failure> {
     let Json(request) = body.map_err(refused)?;
     let messages: Vec<_> = request.messages.iter().map(|turn| turn.message()).collect();
-    let prompt = app.llm.encode_chat(&messages).map_err(Failure::bad_request)?;
+    let prompt = tokenized(&app, move |llm| llm.encode_chat(&messages)).await?;
     let most = request.max_completion_tokens.or(request.max_tokens);
     let answer = begin(&app, prompt, most, &request.common)?;
     let piece: fn(&str) -> Value = match request.common.stream {
@@ -124,6 +131,17 @@ async fn chat_completions(
     };
     let shape = Shape::new(&app, "chatcmpl", "chat.completion", "chat.completion.chunk", piece);
     respond(answer, shape, &request.common).await
+}
+
+/// Tokenizes a prompt on a thread of its own: a text of megabytes takes seconds, in which the other
+/// connections go on.
+async fn tokenized(
+    app: &Arc<App>,
+    encode: impl FnOnce(&Llm) -> anyhow::Result<Vec<u32>> + Send + 'static,
+) -> Result<Vec<u32>, Failure> {
+    let app = app.clone();
+    let tokens = tokio::task::spawn_blocking(move || encode(&app.llm)).await;
+    tokens.map_err(Failure::unavailable)?.map_err(Failure::bad_request)
 }
 
 fn refused(rejection: JsonRejection) -> Failure {
@@ -143,6 +161,19 @@ fn begin(
     if prompt.is_empty() {
         return Err(Failure::bad_request("prompt: expected at least one token, got none"));
     }
+    // The model would refuse the whole batch of a step.
+    if let Some((at, id)) = (0..).zip(&prompt).find(|&(_, &id)| id as usize >= app.vocab_size) {
+        let expected = format!("an id below {}", app.vocab_size);
+        return Err(Failure::bad_request(format!(
+            "prompt: token {at}: expected {expected}, got {id}"
+        )));
+    }
+    if max_tokens == Some(0) {
+        return Err(Failure::bad_request("max_tokens: expected at least 1, got 0"));
+    }
+    let number = app.count.fetch_add(1, Ordering::Relaxed);
+    let sampling = common.sampling(number);
+    Sampler::new(sampling).map_err(Failure::bad_request)?;
     let room = app.context.saturating_sub(prompt.len());
     let most = max_tokens.unwrap_or(app.max_tokens).min(app.max_tokens).min(room);
     if most == 0 {
@@ -153,20 +184,17 @@ fn begin(
         );
         return Err(Failure::bad_request(message));
     }
-    if app.metrics.waiting.get() >= app.queue as i64 {
+    // The scheduler takes requests between steps, so those that it has not seen yet count too.
+    let waiting = app.metrics.waiting.inc();
+    if waiting >= app.queue as i64 {
+        app.metrics.waiting.dec();
         let message = format!("{} requests wait already", app.queue);
         return Err(Failure { status: StatusCode::TOO_MANY_REQUESTS, message });
     }
     let (events, received) = unbounded_channel();
-    let number = app.count.fetch_add(1, Ordering::Relaxed);
     let prompt_tokens = prompt.len();
-    let request = Request {
-        prompt,
-        max_tokens: most,
-        sampling: common.sampling(number),
-        stop: app.llm.eos().to_vec(),
-        events,
-    };
+    let request =
+        Request { prompt, max_tokens: most, sampling, stop: app.llm.eos().to_vec(), events };
     let gone = |_| Failure::unavailable("the server is shutting down");
     app.requests.send(request).map_err(gone)?;
     Ok(answer(app, received, prompt_tokens, common))

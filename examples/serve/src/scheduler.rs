@@ -58,6 +58,13 @@ pub struct Options {
     pub prefixes: usize,
 }
 
+/// A request that has not started, or that was stopped for lack of memory.
+struct Waiting {
+    request: Request,
+    /// The tokens that it has sent.
+    sent: Vec<u32>,
+}
+
 /// A running request.
 struct Running {
     request: Request,
@@ -70,6 +77,8 @@ struct Running {
     /// The last generated token, which has not been fed yet.
     last: Option<u32>,
     written: usize,
+    /// The tokens that it has sent: more than `written` while a stopped request catches up.
+    sent: Vec<u32>,
 }
 
 impl Running {
@@ -108,7 +117,7 @@ const MEASURE_EVERY: Duration = Duration::from_millis(100);
 pub struct Scheduler {
     model: Box<dyn CausalLm + Send>,
     options: Options,
-    waiting: VecDeque<Request>,
+    waiting: VecDeque<Waiting>,
     running: Vec<Running>,
     prefixes: Prefixes,
     next_seq: SeqId,
@@ -116,6 +125,8 @@ pub struct Scheduler {
     metrics: Arc<Metrics>,
     /// Whether the oldest waiting request did not fit in memory, and no request has ended since.
     full: bool,
+    /// Whether a request was stopped for lack of memory, and none has ended since.
+    stopped: bool,
     measured: Instant,
 }
 
@@ -124,7 +135,7 @@ impl Scheduler {
     pub fn new(model: Box<dyn CausalLm + Send>, options: Options, metrics: Arc<Metrics>) -> Self {
         let prefixes = Prefixes::new(options.prefixes);
         let (waiting, running) = (VecDeque::new(), Vec::new());
-        let (greedy, full, measured) = (Greedy::default(), false, Instant::now());
+        let (greedy, measured) = (Greedy::default(), Instant::now());
         Self {
             model,
             options,
@@ -134,30 +145,37 @@ impl Scheduler {
             next_seq: 0,
             greedy,
             metrics,
-            full,
+            full: false,
+            stopped: false,
             measured,
         }
     }
 
-    /// Serves requests until all senders are dropped and the last request is done.
+    /// Serves requests until all senders are dropped and the last request is done. The sender counts
+    /// a request in [`Metrics::waiting`], and the scheduler uncounts it when it starts or ends: the
+    /// requests that arrive during a step count too.
     pub fn run(&mut self, mut requests: UnboundedReceiver<Request>) {
         let mut open = true;
         while open || !self.waiting.is_empty() || !self.running.is_empty() {
             if self.waiting.is_empty() && self.running.is_empty() {
                 match requests.blocking_recv() {
-                    Some(request) => self.waiting.push_back(request),
+                    Some(request) => self.wait(request),
                     None => open = false,
                 }
             }
             loop {
                 match requests.try_recv() {
-                    Ok(request) => self.waiting.push_back(request),
+                    Ok(request) => self.wait(request),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => break open = false,
                 }
             }
             self.step();
         }
+    }
+
+    fn wait(&mut self, request: Request) {
+        self.waiting.push_back(Waiting { request, sent: Vec::new() });
     }
 
     /// Drops cancelled requests, admits waiting ones that fit in memory, and feeds one batch.
@@ -168,22 +186,23 @@ impl Scheduler {
             self.feed();
         }
         self.metrics.running.set(self.running.len() as i64);
-        self.metrics.waiting.set(self.waiting.len() as i64);
         self.metrics.sequences.set(self.model.seqs().len() as i64);
         if self.running.is_empty() || self.measured.elapsed() > MEASURE_EVERY {
             let Footprint { payload, scales, residual, .. } = self.model.footprint();
             self.metrics.kv_bytes.set((payload + scales + residual) as i64);
             self.measured = Instant::now();
             // A cache that evicts may have freed memory.
-            self.full = false;
+            self.full = self.stopped;
         }
     }
 
     fn drop_cancelled(&mut self) {
         let (model, metrics) = (&mut self.model, &self.metrics);
         let (waited, ran) = (self.waiting.len(), self.running.len());
-        self.waiting.retain(|request| !request.events.is_closed());
-        metrics.cancelled.inc_by((waited - self.waiting.len()) as u64);
+        self.waiting.retain(|waiting| !waiting.request.events.is_closed());
+        let left = waited - self.waiting.len();
+        metrics.cancelled.inc_by(left as u64);
+        metrics.waiting.dec_by(left as i64);
         self.running.retain(|running| {
             let keep = !running.request.events.is_closed();
             if !keep {
@@ -193,12 +212,13 @@ impl Scheduler {
             keep
         });
         self.full &= (waited, ran) == (self.waiting.len(), self.running.len());
+        self.stopped &= ran == self.running.len();
     }
 
     /// Starts waiting requests, the oldest first, as long as the memory suffices for all running
     /// requests up to their limits. Kept prefixes are removed before a request has to wait.
     fn admit(&mut self) {
-        while let Some(request) = self.waiting.front().filter(|_| !self.full) {
+        while let Some(Waiting { request, .. }) = self.waiting.front().filter(|_| !self.full) {
             let (prefix, cached) = match self.prefixes.find(&request.prompt) {
                 Some((seq, len)) => (Some(seq), len),
                 None => (None, 0),
@@ -206,8 +226,9 @@ impl Scheduler {
             let left = request.prompt.len() - cached + request.max_tokens;
             match self.begin(prefix, left) {
                 Ok(Some(seq)) => {
-                    let Some(request) = self.waiting.pop_front() else { return };
-                    self.start(request, seq, cached);
+                    let Some(waiting) = self.waiting.pop_front() else { return };
+                    self.metrics.waiting.dec();
+                    self.start(waiting, seq, cached);
                 }
                 // Other prefixes are removed first, and the one found above last.
                 Ok(None) if self.drop_prefix(prefix) => {}
@@ -238,7 +259,7 @@ impl Scheduler {
         Ok(None)
     }
 
-    fn start(&mut self, request: Request, seq: SeqId, cached: usize) {
+    fn start(&mut self, Waiting { request, sent }: Waiting, seq: SeqId, cached: usize) {
         self.metrics.cached_tokens.inc_by(cached as u64);
         match Sampler::new(request.sampling) {
             Ok(sampler) => self.running.push(Running {
@@ -249,16 +270,19 @@ impl Scheduler {
                 cached,
                 last: None,
                 written: 0,
+                sent,
             }),
             Err(error) => {
                 self.model.remove(seq);
+                self.metrics.failed.inc();
                 let _ = request.events.send(Event::Failed(error.to_string()));
             }
         }
     }
 
     fn refuse(&mut self, message: String) {
-        if let Some(request) = self.waiting.pop_front() {
+        if let Some(Waiting { request, .. }) = self.waiting.pop_front() {
+            self.metrics.waiting.dec();
             self.metrics.failed.inc();
             let _ = request.events.send(Event::Failed(message));
         }
@@ -323,11 +347,12 @@ impl Scheduler {
         Ok(logits.to_vec2()?.into_iter().map(Output::Logits).collect())
     }
 
-    /// Handles a failed step. If memory is missing, a kept prefix is freed and the step is tried
-    /// again. Otherwise one request fails and the others continue: that of a poisoned sequence, or
-    /// the newest of the step.
+    /// Handles a failed step. If memory is missing, a kept prefix is freed, or the newest request
+    /// waits again, and the step is tried again. Otherwise one request fails and the others
+    /// continue: that of a poisoned sequence, or the newest of the step.
     fn recover(&mut self, fed: &[usize], error: &Error) {
-        if matches!(error, Error::PoolFull { .. }) && self.drop_prefix(None) {
+        if matches!(error, Error::PoolFull { .. }) && (self.drop_prefix(None) || self.stop_newest())
+        {
             return;
         }
         let poisoned = |&i: &usize| match error {
@@ -338,6 +363,19 @@ impl Scheduler {
         if let Some(i) = fed.iter().copied().find(poisoned).or_else(newest) {
             self.end(i, Event::Failed(error.to_string()));
         }
+    }
+
+    /// Frees the memory of the newest request if others are running. It waits until one of them
+    /// ends, and then starts again. Returns whether there was one.
+    fn stop_newest(&mut self) -> bool {
+        let newest = (0..self.running.len()).max_by_key(|&i| self.running[i].seq);
+        let Some(newest) = newest.filter(|_| self.running.len() > 1) else { return false };
+        let Running { request, seq, sent, .. } = self.running.remove(newest);
+        self.model.remove(seq);
+        self.waiting.push_front(Waiting { request, sent });
+        self.metrics.waiting.inc();
+        (self.full, self.stopped) = (true, true);
+        true
     }
 
     /// Counts the fed tokens, and generates the next token of each sequence whose prompt is
@@ -391,13 +429,19 @@ impl Scheduler {
             Err(error) => return Some(Event::Failed(error.to_string())),
         };
         let cached = running.cached;
-        if running.request.stop.contains(&token) {
+        let ends = running.sent.len() == running.written && running.request.stop.contains(&token);
+        if ends {
             return Some(Event::Done { stopped: true, cached });
         }
-        running.last = Some(token);
+        // A request that was stopped repeats the tokens that it has sent.
+        let repeated = running.sent.get(running.written).copied();
+        running.last = repeated.or(Some(token));
         running.written += 1;
-        self.metrics.written_tokens.inc();
-        let _ = running.request.events.send(Event::Token(token));
+        if repeated.is_none() {
+            running.sent.push(token);
+            self.metrics.written_tokens.inc();
+            let _ = running.request.events.send(Event::Token(token));
+        }
         let done = running.written == running.request.max_tokens;
         done.then_some(Event::Done { stopped: false, cached })
     }
@@ -405,7 +449,7 @@ impl Scheduler {
     fn end(&mut self, i: usize, event: Event) {
         let running = self.running.remove(i);
         self.model.remove(running.seq);
-        self.full = false;
+        (self.full, self.stopped) = (false, false);
         match event {
             Event::Failed(_) => self.metrics.failed.inc(),
             _ => self.metrics.done.inc(),
@@ -445,7 +489,8 @@ mod tests {
     ) -> UnboundedReceiver<Event> {
         let (events, received) = unbounded_channel();
         let (sampling, stop) = (Sampling::Greedy, Vec::new());
-        scheduler.waiting.push_back(Request { prompt, max_tokens, sampling, stop, events });
+        scheduler.metrics.waiting.inc();
+        scheduler.wait(Request { prompt, max_tokens, sampling, stop, events });
         received
     }
 
@@ -539,6 +584,41 @@ mod tests {
         assert!(matches!(&ends[0], Event::Done { .. }), "{ends:?}");
         assert!(matches!(&ends[1], Event::Failed(why) if why.contains("NaN")), "{ends:?}");
         assert!(matches!(&ends[2], Event::Failed(why) if why.contains("this step")), "{ends:?}");
+    }
+
+    #[test]
+    fn a_request_that_is_stopped_for_lack_of_memory_gives_the_same_answer() {
+        for sampling in [
+            Sampling::Greedy,
+            Sampling::Random { temperature: 1.0, top_k: None, top_p: None, seed: 5 },
+        ] {
+            let run = |every: usize| {
+                let mut busy = scheduler("kivi-4", None, 0);
+                let mut all = Vec::new();
+                for i in 0..3 {
+                    all.push(ask(&mut busy, prompt(i, 40), 20));
+                    busy.waiting[i].request.sampling = sampling;
+                }
+                let mut stopped = 0;
+                for step in 1.. {
+                    if busy.waiting.is_empty() && busy.running.is_empty() {
+                        break;
+                    }
+                    if step % every == 0 && busy.running.len() > 1 {
+                        let what = "blocks".into();
+                        busy.recover(&[0], &Error::PoolFull { what, needed: 9, free: 0 });
+                        stopped += 1;
+                    }
+                    busy.step();
+                }
+                (all.iter_mut().map(events).collect::<Vec<_>>(), stopped)
+            };
+            let (undisturbed, _) = run(1000);
+            assert!(undisturbed.iter().all(|(tokens, _)| tokens.len() == 20));
+            let (answers, stopped) = run(5);
+            assert_eq!(answers, undisturbed);
+            assert!(stopped > 2, "{stopped}");
+        }
     }
 
     #[test]

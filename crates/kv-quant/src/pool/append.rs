@@ -115,9 +115,20 @@ impl Pool {
         self.check_room(self.bytes_needed(seqs, cu_seqlens)?)
     }
 
-    /// Returns whether there is room to append the tokens to the sequences.
+    /// Returns whether there is room to append the tokens to the sequences, in one call or divided
+    /// among several.
+    ///
+    /// Divided, they can take more than [`bytes_needed`](Self::bytes_needed): tokens in full
+    /// precision wait for their group, which frees memory when it is packed.
     pub fn can_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> bool {
-        self.check_append(seqs, cu_seqlens).is_ok()
+        if batch::check(seqs, cu_seqlens).is_err() {
+            return false;
+        }
+        let items = self.items(seqs, cu_seqlens, None);
+        // A call of one token each cannot be divided.
+        let divisible = items.iter().any(|item| item.to.slots > item.slots + 1);
+        let needed = if divisible { self.peak_bytes(&items) } else { self.bytes_to_append(&items) };
+        self.check_room(needed).is_ok()
     }
 
     /// Returns the largest magnitude of a number that can be appended.
@@ -208,6 +219,16 @@ impl Pool {
         for item in items {
             let held = self.seqs.get(&item.seq).map_or(&new, |seq| &seq.heads[item.head]);
             delta += held.delta_to_grow(&self.memory, chunk, &item.to);
+        }
+        self.memory.bytes(delta).max(0) as usize
+    }
+
+    /// Returns the most bytes that the items take at a time if each is appended in several calls.
+    fn peak_bytes(&self, items: &[HeadAppend<'_>]) -> usize {
+        let (new, mut delta) = (Head::default(), BlockDelta::default());
+        for item in items {
+            let held = self.seqs.get(&item.seq).map_or(&new, |seq| &seq.heads[item.head]);
+            delta += held.peak_to_grow(&self.memory, &self.format, item.to.slots - item.slots);
         }
         self.memory.bytes(delta).max(0) as usize
     }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::memory::{BlockDelta, BlockLayout, PoolMemory};
+use super::memory::{BlockDelta, BlockLayout, PAGE, PoolMemory};
 use super::residual::Residual;
 use crate::Format;
 use crate::layout::Line;
@@ -202,6 +202,37 @@ impl Head {
             key_pages: self.keys.pages_needed(&memory.key_pages, to.key_start, to.slots),
             value_pages: self.values.pages_needed(&memory.value_pages, to.value_start, to.slots),
         }
+    }
+
+    /// Returns the most memory that growth by `tokens` tokens takes at a time, in any number of
+    /// calls. Each kind of memory has its own maximum.
+    ///
+    /// The number of blocks never decreases. That of pages is largest just before the last tokens
+    /// are packed, and, as the tokens in full precision move over the pages' bounds, among the last
+    /// tokens.
+    pub fn peak_to_grow(&self, memory: &PoolMemory, format: &Format, tokens: usize) -> BlockDelta {
+        let chunk = format.block_tokens();
+        let all = self.delta_to_grow(memory, chunk, &self.grown(format, tokens));
+        let mut peak = BlockDelta { blocks: all.blocks.max(0), ..BlockDelta::default() };
+        let packed = self.grown(format, tokens).packed_keys;
+        // The first number of tokens after which as many are packed as after all.
+        let (mut low, mut high) = (0, tokens);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match self.grown(format, middle).packed_keys < packed {
+                true => low = middle + 1,
+                false => high = middle,
+            }
+        }
+        let last = (tokens + 1).saturating_sub(PAGE)..=tokens;
+        for tokens in last.chain(low.checked_sub(1)) {
+            let to = self.grown(format, tokens);
+            let keys = self.keys.pages_needed(&memory.key_pages, to.key_start, to.slots);
+            let values = self.values.pages_needed(&memory.value_pages, to.value_start, to.slots);
+            peak.key_pages = peak.key_pages.max(keys);
+            peak.value_pages = peak.value_pages.max(values);
+        }
+        peak
     }
 
     /// Returns the `i`-th block.

@@ -54,19 +54,21 @@ pub fn agree(args: Args) -> Result<()> {
         args.words,
         args.prompt_words
     );
-    let mut dense: Option<(String, Vec<Vec<TeacherForced>>)> = None;
+    // The logits of the last dense model, by its name and the limit of its prompts.
+    let mut dense: Option<((String, usize), Vec<Vec<TeacherForced>>)> = None;
     for setting in args.options.settings(&methods)? {
         if report::has_agreement(&args.out, &setting.name, &what)? {
             say!("{:28} has a result", setting.name);
             continue;
         }
+        let key = (setting.model.clone(), setting.context);
         let reference = match &dense {
-            Some((model, forced)) if *model == setting.model => forced,
+            Some((known, forced)) if *known == key => forced,
             _ => {
                 let reference = Setting { method: "dense-f16".into(), ..setting.clone() };
                 let mut subject = read(&reference)?;
                 let parts = texts.chunks(args.batch).map(|part| force(&mut *subject, part));
-                &dense.insert((setting.model.clone(), parts.collect::<Result<_>>()?)).1
+                &dense.insert((key, parts.collect::<Result<_>>()?)).1
             }
         };
         let mut subject = read(&setting)?;
