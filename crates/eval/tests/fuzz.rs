@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use common::record;
@@ -51,8 +52,9 @@ fn agreements() -> Vec<u8> {
         kl: 0.0625,
         ratio: Some(4.0),
     };
+    let none = BTreeMap::new();
     for setting in ["h2o-2x", "h2o-4x", "kivi-2"] {
-        report::add_agreement(folder.path(), setting, "essay", &agreement).unwrap();
+        report::add_agreement(folder.path(), setting, "essay", &none, &agreement).unwrap();
     }
     fs::read(folder.path().join("agreement.jsonl")).unwrap()
 }
@@ -102,7 +104,7 @@ fn damaged_files_are_errors() {
             fs::write(&path, &corpus[0]).unwrap();
         }
         fs::write(at("agreement.jsonl"), bytes).unwrap();
-        if report::has_agreement(folder.path(), "", "").is_err() {
+        if report::has_agreement(folder.path(), "", "", &BTreeMap::new()).is_err() {
             fs::write(at("agreement.jsonl"), &corpus[1]).unwrap();
         }
         // Results that can be read give a report.

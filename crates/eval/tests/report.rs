@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -45,9 +46,10 @@ fn numbers_are_those_of_the_results() {
         kl: 0.0625,
         ratio: Some(4.0),
     };
-    report::add_agreement(at.path(), "h2o-4x", "essay", &Agreement { kl: 9.0, ..agreement })
+    let none = BTreeMap::new();
+    report::add_agreement(at.path(), "h2o-4x", "essay", &none, &Agreement { kl: 9.0, ..agreement })
         .unwrap();
-    report::add_agreement(at.path(), "h2o-4x", "essay", &agreement).unwrap();
+    report::add_agreement(at.path(), "h2o-4x", "essay", &none, &agreement).unwrap();
     let written = report::write(at.path()).unwrap();
     assert_eq!(written.len(), 7, "{written:?}");
     let page = fs::read_to_string(at.path().join("report.md")).unwrap();
@@ -198,8 +200,10 @@ fn invalid_numbers_are_named_by_line() {
         kl: 0.0625,
         ratio: None,
     };
-    let add =
-        |agreement: &Agreement| report::add_agreement(at.path(), "h2o-4x", "essay", agreement);
+    let none = BTreeMap::new();
+    let add = |agreement: &Agreement| {
+        report::add_agreement(at.path(), "h2o-4x", "essay", &none, agreement)
+    };
     assert!(add(&agreement).unwrap_err().to_string().contains("perplexity"));
     let agreement = Agreement { perplexity: 4.5, kl: f64::NAN, ..agreement };
     assert!(add(&agreement).unwrap_err().to_string().contains("`kl`"));

@@ -239,6 +239,11 @@ fn agreement_is_with_the_same_prompt() {
     command.args(["--model", "embedded", "--settings", "short,long", "--settings-file"]);
     command.arg(&settings).args(["--prompt-words", "100", "--words", "20", "--text"]);
     succeed(command.arg(&text).arg("--out").arg(&out));
+    // A result is not taken for that of another setting with the same name.
+    std::fs::write(&settings, setting("short", 30) + &setting("long", 4000)).unwrap();
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("short: setting"), "{said}");
     let lines = std::fs::read_to_string(out.join("agreement.jsonl")).unwrap();
     for line in lines.lines() {
         let agreement: Agreement = serde_json::from_str(line).unwrap();

@@ -17,6 +17,6 @@ fuzz_target!(|bytes: &[u8]| {
         let _ = std::fs::remove_file(folder.join("agreement.jsonl"));
         report::write(&folder).expect("results that are read make a report");
     } else {
-        let _ = report::has_agreement(&folder, "", "");
+        let _ = report::has_agreement(&folder, "", "", &Default::default());
     }
 });

@@ -1,5 +1,6 @@
 //! Agreements with the dense model, stored with a run's results.
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::Path;
@@ -14,12 +15,16 @@ pub(super) struct Line {
     pub setting: String,
     /// A short description of the text.
     pub text: String,
+    /// What else affects the agreement. Empty in lines of earlier versions.
+    #[serde(default)]
+    pub conditions: BTreeMap<String, String>,
     #[serde(flatten)]
     pub agreement: Agreement,
 }
 
 /// Adds a setting's agreement over a text to the folder. The report uses the newest agreement of a
 /// setting and text. `text` describes the text in a few words: "essay.txt, words 700 to 800".
+/// `conditions`: what else affects the agreement, as [`Plan::conditions`](crate::Plan::conditions).
 ///
 /// # Errors
 /// If a number is not finite, or the file cannot be written.
@@ -27,12 +32,18 @@ pub fn add_agreement(
     folder: &Path,
     setting: &str,
     text: &str,
+    conditions: &BTreeMap<String, String>,
     agreement: &Agreement,
 ) -> Result<()> {
     agreement.check()?;
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let path = folder.join(FILE);
-    let line = Line { setting: setting.to_owned(), text: text.to_owned(), agreement: *agreement };
+    let line = Line {
+        setting: setting.to_owned(),
+        text: text.to_owned(),
+        conditions: conditions.clone(),
+        agreement: *agreement,
+    };
     let mut line = serde_json::to_string(&line)
         .map_err(|error| Error::setting("agreement", "finite numbers", error))?;
     line.push('\n');
@@ -45,9 +56,23 @@ pub fn add_agreement(
 /// Returns whether the folder contains the setting's agreement over the text.
 ///
 /// # Errors
-/// If the folder's file cannot be read.
-pub fn has_agreement(folder: &Path, setting: &str, text: &str) -> Result<bool> {
-    Ok(read(folder)?.iter().any(|line| line.is(setting, text)))
+/// If the folder's file cannot be read; [`Error::Setting`] naming a condition that differs from that
+/// of the agreement in the folder.
+pub fn has_agreement(
+    folder: &Path,
+    setting: &str,
+    text: &str,
+    conditions: &BTreeMap<String, String>,
+) -> Result<bool> {
+    let lines = read(folder)?;
+    let Some(line) = lines.iter().find(|line| line.is(setting, text)) else { return Ok(false) };
+    for (name, theirs) in &line.conditions {
+        if let Some(ours) = conditions.get(name).filter(|ours| *ours != theirs) {
+            let expected = format!("{theirs}, as in {}", folder.join(FILE).display());
+            return Err(Error::setting(format!("{setting}: {name}"), expected, ours));
+        }
+    }
+    Ok(true)
 }
 
 impl Line {

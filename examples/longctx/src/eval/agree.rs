@@ -37,6 +37,19 @@ pub struct Args {
     out: PathBuf,
 }
 
+/// The logits of the last dense model.
+struct Dense {
+    setting: Setting,
+    forced: Vec<Vec<TeacherForced>>,
+}
+
+impl Dense {
+    /// Returns whether another dense setting reads the same prompts with the same model.
+    fn gives_prompts_of(&self, other: &Setting) -> bool {
+        *other == Setting { name: other.name.clone(), ..self.setting.clone() }
+    }
+}
+
 pub fn agree(args: Args) -> Result<()> {
     check_writable(&args.out)?;
     let models = args.options.models(1);
@@ -54,21 +67,22 @@ pub fn agree(args: Args) -> Result<()> {
         args.words,
         args.prompt_words
     );
-    // The logits of the last dense model, by its name and the limit of its prompts.
-    let mut dense: Option<((String, usize), Vec<Vec<TeacherForced>>)> = None;
+    let mut dense: Option<Dense> = None;
     for setting in args.options.settings(&methods)? {
-        if report::has_agreement(&args.out, &setting.name, &what)? {
+        let mut conditions = args.options.conditions(std::slice::from_ref(&setting))?;
+        conditions.insert("setting".into(), serde_json::to_string(&setting)?);
+        if report::has_agreement(&args.out, &setting.name, &what, &conditions)? {
             say!("{:28} has a result", setting.name);
             continue;
         }
-        let key = (setting.model.clone(), setting.context);
+        let of_setting = Setting { method: "dense-f16".into(), ..setting.clone() };
         let reference = match &dense {
-            Some((known, forced)) if *known == key => forced,
+            Some(known) if known.gives_prompts_of(&of_setting) => &known.forced,
             _ => {
-                let reference = Setting { method: "dense-f16".into(), ..setting.clone() };
-                let mut subject = read(&reference)?;
+                let mut subject = read(&of_setting)?;
                 let parts = texts.chunks(args.batch).map(|part| force(&mut *subject, part));
-                &dense.insert((key, parts.collect::<Result<_>>()?)).1
+                let forced = parts.collect::<Result<_>>()?;
+                &dense.insert(Dense { setting: of_setting, forced }).forced
             }
         };
         let mut subject = read(&setting)?;
@@ -77,7 +91,7 @@ pub fn agree(args: Args) -> Result<()> {
             parts.extend(compare(&force(&mut *subject, texts)?, reference)?);
         }
         let agreement = Agreement::mean(&parts).context("no passages")?;
-        report::add_agreement(&args.out, &setting.name, &what, &agreement)?;
+        report::add_agreement(&args.out, &setting.name, &what, &conditions, &agreement)?;
         say!(
             "{:28} perplexity {:8.3} (dense {:.3}), top-1 {:5.1} %, KL {:.4} nats",
             setting.name,
