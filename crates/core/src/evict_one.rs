@@ -1,32 +1,22 @@
 //! The eviction of one entry of each kv head after a decoded token.
 
-use crate::RowReduction;
+use crate::Ranking;
 use candle_core::Tensor;
 
 /// Evicts one entry of each kv head of a sequence after a decoded token: the one with the lowest
 /// score, the newest of equal ones.
 ///
 /// The score of an entry is the token's attention probability, reduced over query heads, plus the
-/// entry's previous score. Tensors are contiguous and on a CUDA device. See
+/// entry's previous score. Tensors are on a CUDA device. See
 /// [`KvStore::attend_and_evict`](crate::KvStore::attend_and_evict).
 #[derive(Debug, Clone)]
 pub struct EvictOne {
     /// Whether all query heads of the layer are reduced, instead of those of the kv head.
     pub of_layer: bool,
-    /// How they are reduced.
-    pub reduction: RowReduction,
+    /// How the entries are ranked. Its tensors are contiguous.
+    pub ranking: Ranking,
     /// Whether the scores are needed for the next token.
     pub carries_scores: bool,
-    /// Scores to add to those of the first entries, `[kv_heads, scored]` in f32.
-    pub previous: Option<Tensor>,
-    /// Positions of the first entries, `[kv_heads, placed]` in u32.
-    pub positions: Option<Tensor>,
-    /// The position of the entry after these. The next ones follow it without gaps.
-    pub next_position: u32,
-    /// Number of first entries that are never evicted.
-    pub sinks: usize,
-    /// Number of last entries that are never evicted.
-    pub recent: usize,
     /// Memory for the kept entries, which nothing else uses, if it has their shape; otherwise they
     /// have new memory.
     pub outputs: Option<KeptEntries>,

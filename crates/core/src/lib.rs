@@ -58,5 +58,5 @@ pub use step_lists::{PreparedDecode, PreparedStep, StepLists};
 pub use store::{EntryRanges, KvStore, Mask, check_range};
 pub use store_cache::{CacheStrategy, StoreCache, append_and_attend};
 pub use sums::AttentionSums;
-pub use top::{Candidates, RowReduction, TopEntries, top_entries};
+pub use top::{Candidates, Ranking, RowReduction, TopEntries, top_entries};
 pub use window::{WindowCache, WindowStrategy, by_layer_type};

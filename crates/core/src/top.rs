@@ -12,7 +12,16 @@ pub struct Candidates {
     pub kv_heads: usize,
     /// `[kv_heads, rows, entries]` in f32, or `[1, rows, entries]` if all kv heads have the same.
     pub scores: Tensor,
-    /// How the rows are reduced.
+    /// Number of entries to select for each kv head.
+    pub count: usize,
+    /// How the entries are ranked.
+    pub ranking: Ranking,
+}
+
+/// How the entries of a sequence are ranked, and their positions.
+#[derive(Debug, Clone)]
+pub struct Ranking {
+    /// How several scores of an entry are reduced.
     pub reduction: RowReduction,
     /// Scores to add to those of the first entries, `[kv_heads, scored]` in f32.
     pub previous: Option<Tensor>,
@@ -20,11 +29,9 @@ pub struct Candidates {
     pub positions: Option<Tensor>,
     /// The position of the entry after these. The next ones follow it without gaps.
     pub next_position: u32,
-    /// Number of entries to select for each kv head.
-    pub count: usize,
-    /// Number of first entries that are always selected.
+    /// Number of first entries that always stay, if there is room for them.
     pub sinks: usize,
-    /// Number of last entries that are always selected.
+    /// Number of last entries that always stay, if there is room for them.
     pub recent: usize,
 }
 
@@ -128,8 +135,8 @@ mod on_device {
             Ok(Self {
                 of,
                 scores: of.scores.to_dtype(DType::F32)?.contiguous()?,
-                previous: of_first(&of.previous, DType::F32, "previous scores")?,
-                positions: of_first(&of.positions, DType::U32, "positions")?,
+                previous: of_first(&of.ranking.previous, DType::F32, "previous scores")?,
+                positions: of_first(&of.ranking.positions, DType::U32, "positions")?,
                 rows,
                 len,
             })
@@ -152,8 +159,8 @@ mod on_device {
             let start = |x: Option<&Tensor>| x.map_or(Ok(0), address);
             let columns = |x: &Option<Tensor>| x.as_ref().map_or(0, |x| x.dims()[1]);
             let (scored, placed) = (columns(&self.previous), columns(&self.positions));
-            let (count, len) = (self.of.count, self.len);
-            let sinks = self.of.sinks.min(count);
+            let (count, len, ranking) = (self.of.count, self.len, &self.of.ranking);
+            let sinks = ranking.sinks.min(count);
             let shared = self.scores.dims()[0] == 1;
             let first = TopRow {
                 scores: address(&self.scores)?,
@@ -167,11 +174,11 @@ mod on_device {
                 len: len as i32,
                 scored: scored as i32,
                 placed: placed as i32,
-                next: self.of.next_position,
+                next: ranking.next_position,
                 count: count as i32,
                 sinks: sinks as i32,
-                recent: self.of.recent.min(count - sinks) as i32,
-                maximum: (self.of.reduction == RowReduction::Max).into(),
+                recent: ranking.recent.min(count - sinks) as i32,
+                maximum: (ranking.reduction == RowReduction::Max).into(),
                 unused: 0,
             };
             let row = |head: usize| {

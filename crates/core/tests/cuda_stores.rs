@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use longctx_core::{
     AttentionShape, AttentionSums, Batch, Candidates, DenseStore, EntryRanges, Error, EvictOne,
-    KvStore, Mask, RowReduction, Selection, SeqId, top_entries,
+    KvStore, Mask, Ranking, RowReduction, Selection, SeqId, top_entries,
 };
 
 /// Returns a generator of numbers below its argument, the same in every run.
@@ -305,15 +305,18 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
                 inputs.push(Candidates {
                     kv_heads: 3,
                     scores: Tensor::new(scores.clone(), &device).unwrap(),
-                    reduction,
-                    previous: (adds && held > 0)
-                        .then(|| Tensor::new(previous.clone(), &device).unwrap()),
-                    positions: (held > 0)
-                        .then(|| Tensor::from_vec(positions.clone(), (3, held), &device).unwrap()),
-                    next_position: 1000,
                     count,
-                    sinks,
-                    recent,
+                    ranking: Ranking {
+                        reduction,
+                        previous: (adds && held > 0)
+                            .then(|| Tensor::new(previous.clone(), &device).unwrap()),
+                        positions: (held > 0).then(|| {
+                            Tensor::from_vec(positions.clone(), (3, held), &device).unwrap()
+                        }),
+                        next_position: 1000,
+                        sinks,
+                        recent,
+                    },
                 });
                 wanted.push((0..3).map(move |head| {
                     let rows = &scores[head.min(heads - 1)];
@@ -439,13 +442,15 @@ fn evict_step(
     plain.append(&batch, &k, &v).unwrap();
     let eviction = |of: &Evicting| EvictOne {
         of_layer,
-        reduction,
+        ranking: Ranking {
+            reduction,
+            previous: of.scores.clone(),
+            positions: of.positions.clone(),
+            next_position: of.next,
+            sinks,
+            recent,
+        },
         carries_scores,
-        previous: of.scores.clone(),
-        positions: of.positions.clone(),
-        next_position: of.next,
-        sinks,
-        recent,
         outputs: None,
     };
     let evictions: Vec<_> = seqs.iter().map(eviction).collect();
@@ -460,13 +465,8 @@ fn evict_step(
         let candidates = Candidates {
             kv_heads: shape.kv_heads,
             scores,
-            reduction,
-            previous: eviction.previous.clone(),
-            positions: eviction.positions.clone(),
-            next_position: of.next,
             count: len - 1,
-            sinks,
-            recent,
+            ranking: eviction.ranking.clone(),
         };
         let top = top_entries(&[candidates]).unwrap().unwrap().pop().unwrap();
         let all = top.all_scores.to_vec2::<f32>().unwrap();
@@ -547,5 +547,20 @@ fn one_entry_is_evicted_as_in_separate_calls() {
         }
         one.fork(0, 7).unwrap();
         assert!(!one.evicts_one(&[0]) && one.evicts_one(&[1]));
+        let batch = Batch::single(0, 1).unwrap();
+        let q = random(1, heads, d, dtype).to_device(&device).unwrap();
+        let ranking = Ranking {
+            reduction: RowReduction::Mean,
+            previous: None,
+            positions: None,
+            next_position: 0,
+            sinks: 0,
+            recent: 0,
+        };
+        let of = EvictOne { of_layer: false, ranking, carries_scores: false, outputs: None };
+        assert!(matches!(
+            one.attend_and_evict(&batch, &q, dtype, &[of]),
+            Err(Error::Unsupported(_))
+        ));
     }
 }

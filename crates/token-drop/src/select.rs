@@ -2,7 +2,7 @@
 
 use crate::metadata::{EntryMetadata, Kept};
 use crate::{HeadBudgets, scores::Scores};
-use longctx_core::{Candidates, Result, RowReduction, Selection, top_entries};
+use longctx_core::{Candidates, Ranking, Result, RowReduction, Selection, top_entries};
 use rayon::prelude::*;
 
 /// Smallest total number of entries for which the selection uses several threads.
@@ -107,13 +107,15 @@ pub(crate) fn select(
         let candidates = Candidates {
             kv_heads,
             scores: scores.unsqueeze(1)?,
-            reduction: RowReduction::Mean,
-            previous: None,
-            positions,
-            next_position,
             count: budget.min(entries),
-            sinks: limits.protected.sinks,
-            recent: limits.protected.recent,
+            ranking: Ranking {
+                reduction: RowReduction::Mean,
+                previous: None,
+                positions,
+                next_position,
+                sinks: limits.protected.sinks,
+                recent: limits.protected.recent,
+            },
         };
         if let Some(top) = top_entries(&[candidates])?.and_then(|mut top| top.pop()) {
             let kept = Kept { positions: top.positions, scores: top.scores };

@@ -9,9 +9,10 @@ use crate::scores::Scores;
 use crate::select::Limits;
 use crate::sub_batch::SubBatch;
 use crate::{EvictionPolicy, ObservedQueries, ReducedAttention, ReducedHeads};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use longctx_core::{
-    AttentionSums, Batch, Candidates, KvStore, Mask, Result, SeqId, TopEntries, top_entries,
+    AttentionSums, Batch, Candidates, KvStore, Mask, Ranking, Result, SeqId, TopEntries,
+    top_entries,
 };
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
@@ -83,25 +84,39 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         limits: &Limits,
         scores: ReducedAttention,
     ) -> Result<Candidates> {
-        let (entries, kv_heads) = (self.metadata(seq), self.spec.shape.kv_heads);
+        let kv_heads = self.spec.shape.kv_heads;
         let sums = sums.heads(0..kv_heads)?;
         let len = sums.dim(2)?;
-        let (positions, next_position) = entries.kept_positions(sums.device())?;
-        let previous = match self.needs.previous_scores {
-            true => entries.scores(0..kv_heads, sums.device())?,
-            false => None,
-        };
         Ok(Candidates {
             kv_heads,
+            ranking: self.ranking(seq, limits, scores, sums.device())?,
             scores: match scores.heads {
                 ReducedHeads::Group => sums,
                 ReducedHeads::Layer => sums.reshape((1, (), len))?,
             },
+            count: if limits.evicts { limits.budgets[0].min(len) } else { len },
+        })
+    }
+
+    /// Returns how a sequence's entries are ranked by their attention.
+    pub(super) fn ranking(
+        &self,
+        seq: SeqId,
+        limits: &Limits,
+        scores: ReducedAttention,
+        device: &Device,
+    ) -> Result<Ranking> {
+        let entries = self.metadata(seq);
+        let (positions, next_position) = entries.kept_positions(device)?;
+        let previous = match self.needs.previous_scores {
+            true => entries.scores(0..self.spec.shape.kv_heads, device)?,
+            false => None,
+        };
+        Ok(Ranking {
             reduction: scores.reduction.of_rows(),
             previous,
             positions,
             next_position,
-            count: if limits.evicts { limits.budgets[0].min(len) } else { len },
             sinks: limits.protected.sinks,
             recent: limits.protected.recent.max(scores.newest),
         })

@@ -57,24 +57,10 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         let eviction = |&seq: &SeqId| {
             let (limits, entries) = (self.limits(seq, 1), self.metadata(seq));
             let device = device.or_else(|| entries.device()).unwrap_or(&Device::Cpu);
-            let (positions, next_position) = entries.kept_positions(device)?;
-            let carries_scores = self.needs.previous_scores;
-            let kv_heads = 0..self.spec.shape.kv_heads;
-            let previous = match carries_scores {
-                true => entries.scores(kv_heads, device)?,
-                false => None,
-            };
-            let sinks = limits.protected.sinks.min(limits.budgets[0]);
-            let recent = limits.protected.recent.max(scores.newest);
             Ok(EvictOne {
                 of_layer: scores.heads == ReducedHeads::Layer,
-                reduction: scores.reduction.of_rows(),
-                carries_scores,
-                previous,
-                positions,
-                next_position,
-                sinks,
-                recent: recent.min(limits.budgets[0] - sinks),
+                ranking: self.ranking(seq, &limits, scores, device)?,
+                carries_scores: self.needs.previous_scores,
                 outputs: None,
             })
         };

@@ -117,13 +117,14 @@ impl CudaPool {
             let expected = format!("one for the token of each of {} sequences", batch.seqs().len());
             return Err(Error::mismatch("evictions", expected, evictions.len()));
         }
+        if !self.evicts_one(batch.seqs()) {
+            let what = "one eviction per head of these sequences: it needs compute capability 9.0, \
+                        heads with equally many entries, and blocks that no fork shares";
+            return Err(Error::Unsupported(what.into()));
+        }
         let (mut rows, mut all_kept) = (Vec::new(), Vec::new());
         for ((seq, tokens), of) in batch.iter().zip(evictions) {
             let len = self.known(seq)?.heads[0].len;
-            if of.sinks + of.recent >= len {
-                let expected = format!("fewer than {len}");
-                return Err(Error::mismatch("protected entries", expected, of.sinks + of.recent));
-            }
             let kept = self.kept_entries(of, len - 1)?;
             let first = self.evict_row(of, &kept, len)?;
             for kv_head in 0..self.shape.kv_heads {
@@ -165,7 +166,8 @@ impl CudaPool {
 
     /// Returns the row of the first kv head.
     fn evict_row(&self, of: &EvictOne, kept: &KeptEntries, len: usize) -> Result<EvictRow> {
-        let kv_heads = self.shape.kv_heads;
+        let (kv_heads, ranking) = (self.shape.kv_heads, &of.ranking);
+        let sinks = ranking.sinks.min(len - 1);
         // Returns the address and the columns of an input.
         let input = |x: &Option<Tensor>, dtype: DType, what: &str| {
             let Some(x) = x.as_ref().filter(|x| x.elem_count() > 0) else { return Ok((0, 0)) };
@@ -182,8 +184,8 @@ impl CudaPool {
                 }
             }
         };
-        let (previous, scored) = input(&of.previous, DType::F32, "previous scores")?;
-        let (positions, placed) = input(&of.positions, DType::U32, "positions")?;
+        let (previous, scored) = input(&ranking.previous, DType::F32, "previous scores")?;
+        let (positions, placed) = input(&ranking.positions, DType::U32, "positions")?;
         Ok(EvictRow {
             previous,
             positions,
@@ -192,11 +194,11 @@ impl CudaPool {
             len: len as i32,
             scored,
             placed,
-            next: of.next_position,
-            sinks: of.sinks as i32,
-            recent: of.recent as i32,
+            next: ranking.next_position,
+            sinks: sinks as i32,
+            recent: ranking.recent.min(len - 1 - sinks) as i32,
             layer: of.of_layer.into(),
-            maximum: (of.reduction == RowReduction::Max).into(),
+            maximum: (ranking.reduction == RowReduction::Max).into(),
             ..EvictRow::default()
         })
     }
