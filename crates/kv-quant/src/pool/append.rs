@@ -111,6 +111,7 @@ impl Pool {
     }
 
     /// Checks that there is room to append the tokens to the sequences.
+    #[cfg(feature = "candle")]
     pub(crate) fn check_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> Result<()> {
         self.check_room(self.bytes_needed(seqs, cu_seqlens)?)
     }
