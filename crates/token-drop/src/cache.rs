@@ -60,7 +60,8 @@ use longctx_core::{
 ///
 /// In a pool of fixed capacity, eviction from blocks that forks share needs room for copies.
 /// Without that room, eviction is postponed: the sequence exceeds its budget until a later call
-/// evicts. Re-rotation cannot be postponed: without room the sequences of the call are poisoned.
+/// evicts. Re-rotation cannot be postponed: without room, or with a number that the store's format
+/// cannot represent, the sequences of the call are poisoned.
 #[derive(Debug)]
 pub struct PolicyCache<S, P> {
     spec: LayerSpec,
