@@ -8,9 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 pub use graphs::{DecodeGraphs, Forward};
 pub use plan_memory::{PlanLaunch, PlanMemory};
-pub use side_stream::side_stream;
-
-use side_stream::SideStream;
+pub(crate) use side_stream::{SideStream, side_stream};
 
 use crate::{Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;
