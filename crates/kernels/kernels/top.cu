@@ -91,8 +91,7 @@ __device__ int worst_entry(const float* scores, int first, int end) {
     if (threadIdx.x == 0) worst = ~0ull;
     __syncthreads();
     unsigned long long own = ~0ull;
-    for (int i = first + threadIdx.x; i < end; i += THREADS)
-        own = min(own, (unsigned long long)rank_of(scores[i]) << 32 | uint32_t(~i));
+    for (int i = first + threadIdx.x; i < end; i += THREADS) own = min(own, place_of(scores[i], i));
     for (int lanes = 16; lanes > 0; lanes /= 2) own = min(own, __shfl_xor_sync(~0u, own, lanes));
     if (threadIdx.x % 32 == 0) atomicMin(&worst, own);
     __syncthreads();

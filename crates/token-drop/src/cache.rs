@@ -274,8 +274,8 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         if let Some(prepared) = step.batch.prepared() {
             return self.attend_prepared(step, prepared.lists);
         }
-        let (only_appends, evicts_one) =
-            (self.only_appends(step.batch), self.evicts_one(step.batch));
+        let only_appends = self.only_appends(step.batch);
+        let evicts_one = !only_appends && self.evicts_one(step.batch);
         let lens = self.begin(step.batch);
         let out = match (only_appends, evicts_one) {
             (true, _) => self.append_and_attend(step),

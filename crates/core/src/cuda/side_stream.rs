@@ -29,7 +29,8 @@ impl SideStream {
         self.stream.cu_stream() as u64
     }
 
-    /// Runs a step, between whose ends the stream has work.
+    /// Runs a step. The stream waits for the main one before it, and the main one for the stream
+    /// after it.
     pub fn beside<T>(&self, step: impl FnOnce() -> Result<T>) -> Result<T> {
         self.stream.join(&self.main)?;
         let done = step();

@@ -30,11 +30,6 @@ __device__ __forceinline__ float score_of(const EvictArgs& a, const EvictRow& ro
     return entry < row.scored ? row.previous[entry] + score : score;
 }
 
-// Returns a number that is lower for a worse score, and for the newer of equal ones.
-__device__ __forceinline__ unsigned long long place_of(float score, int entry) {
-    return (unsigned long long)rank_of(score) << 32 | uint32_t(~entry);
-}
-
 __device__ __forceinline__ unsigned long long lowest_of_block(unsigned long long own, unsigned long long* of_warps) {
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) own = min(own, __shfl_xor_sync(~0u, own, i));

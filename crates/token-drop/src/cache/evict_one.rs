@@ -13,8 +13,9 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     pub(super) fn evicts_one(&self, batch: &Batch) -> bool {
         self.reduced_attention().is_some()
             && self.spec.sink_logits.is_none()
-            && batch.iter().all(|(seq, own)| self.decodes(seq, own.len()) && self.drops_one(seq))
+            && batch.iter().all(|(seq, own)| self.decodes(seq, own.len()))
             && self.store.evicts_one(batch.seqs())
+            && batch.seqs().iter().all(|&seq| self.drops_one(seq))
     }
 
     /// Returns whether the next token of a sequence evicts one entry of each head.
