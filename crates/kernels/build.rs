@@ -4,6 +4,15 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
     longctx_cuda::build::compile(&[
-        "argmax", "matvec", "merge", "paged", "prefill", "rms_norm", "rope", "silu_mul", "top",
+        "argmax",
+        "matvec",
+        "merge",
+        "paged",
+        "post_attention",
+        "prefill",
+        "rms_norm",
+        "rope",
+        "silu_mul",
+        "top",
     ]);
 }

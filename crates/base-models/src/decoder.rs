@@ -6,14 +6,14 @@ use std::sync::Arc;
 use crate::architectures;
 use crate::config::Config;
 use crate::folder::FolderWeights;
-use crate::layer::{self, Layer, ResidualStream};
+use crate::layer::{self, Layer, LayerInput, Projection, ResidualStream};
 use crate::linear::Weight;
 use crate::random::Random;
 use crate::rope_settings::RopeSettings;
 use crate::session::Session;
 use crate::weights::{LoadOptions, Weights};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{Batch, Error, KvCache, LayerSpec, Logits, Result, Rope};
+use longctx_core::{Batch, Error, KvCache, LayerSpec, Logits, PostAttention, Result, Rope};
 
 /// A decoder's weights, shared by all its sessions.
 #[derive(Debug, Clone)]
@@ -153,16 +153,30 @@ impl Transformer {
         if config.embedding_scale != 1.0 {
             x = (x * config.embedding_scale)?;
         }
-        let mut x = ResidualStream { x, y: None };
-        for (layer, cache) in layers.iter().zip(caches) {
-            x = layer.forward(x, cache.as_mut(), batch)?;
+        let mut input = LayerInput::Stream(ResidualStream { x, y: None });
+        let selected = logits == Logits::Last && batch.tokens() > batch.seqs().len();
+        let few = batch.tokens() <= PostAttention::MAX_TOKENS;
+        let head = head.as_ref().unwrap_or(embedding);
+        for (index, (layer, cache)) in layers.iter().zip(caches).enumerate() {
+            let next = match layers.get(index + 1) {
+                Some(next) => next.projection(),
+                None if selected => None,
+                None => head.dense().map(|weight| Projection { norm, weight }),
+            };
+            input = layer.forward(input, next.filter(|_| few), cache.as_mut(), batch)?;
         }
-        if logits == Logits::Last && batch.tokens() > batch.seqs().len() {
-            let last: Vec<_> = batch.cu_seqlens()[1..].iter().map(|&end| end as u32 - 1).collect();
-            x = x.select(&Tensor::new(last, device)?)?;
-        }
-        let (_, x) = x.add_and_norm(Some(norm), config.norm_eps as f32)?;
-        let x = head.as_ref().unwrap_or(embedding).forward(&x)?.to_dtype(DType::F32)?;
+        let x = match input {
+            LayerInput::Projected(_, logits) => logits,
+            LayerInput::Stream(mut x) => {
+                if selected {
+                    let last = batch.cu_seqlens()[1..].iter().map(|&end| end as u32 - 1);
+                    x = x.select(&Tensor::new(last.collect::<Vec<_>>(), device)?)?;
+                }
+                let (_, x) = x.add_and_norm(Some(norm), config.norm_eps as f32)?;
+                head.forward(&x)?
+            }
+        };
+        let x = x.to_dtype(DType::F32)?;
         let x = if config.logit_scale == 1.0 { x } else { (x * config.logit_scale)? };
         Ok(match config.logit_soft_cap {
             Some(cap) => ((x / cap)?.tanh()? * cap)?,

@@ -1,13 +1,13 @@
 //! One layer of the decoder.
 
-use crate::config::{Config, QkNorm};
+use crate::config::{Activation, Config, QkNorm};
 use crate::feed_forward::FeedForward;
 use crate::latent_attention::LatentAttention;
 use crate::linear::{FusedLinear, Linear};
 use crate::weights::Weights;
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
-use longctx_core::{AttentionShape, Batch, KvCache, Result, Step, add_rms_norm};
+use longctx_core::{AttentionShape, Batch, KvCache, PostAttention, Result, Step, add_rms_norm};
 
 /// The attention and the feed-forward block, with their norms.
 #[derive(Debug)]
@@ -84,24 +84,75 @@ impl Layer {
         })
     }
 
-    /// Runs the layer on the tokens of all sequences of the batch.
+    /// Runs the layer on the tokens of all sequences of the batch. With `next`, the projection after
+    /// the layer, it is computed too if a single launch can.
     pub fn forward(
         &self,
-        x: ResidualStream,
+        input: LayerInput,
+        next: Option<Projection<'_>>,
         cache: &mut dyn KvCache,
         batch: &Batch,
-    ) -> Result<ResidualStream> {
-        let (x, normed) = x.add_and_norm(self.attention_norms.before.as_ref(), self.eps)?;
-        let y = match &self.attention {
+    ) -> Result<LayerInput> {
+        let (x, y) = match &self.attention {
             AnyAttention::Heads(heads) => {
-                heads.forward(&normed, &self.shape, self.eps, cache, batch)?
+                let (x, [q, k, v]) = heads.project(self, input)?;
+                let y = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
+                let y = y.reshape((batch.tokens(), self.shape.heads * self.shape.value_dim))?;
+                if let Some(weights) = next.and_then(|next| self.post_attention(heads, next)) {
+                    let (x, projected) = weights.forward(&y, &x)?;
+                    return Ok(LayerInput::Projected(x, projected));
+                }
+                (x, heads.out.forward(&y)?)
             }
-            AnyAttention::Latent(latent) => latent.forward(&normed, cache, batch)?,
+            AnyAttention::Latent(latent) => {
+                let (x, normed) = self.norm_input(input)?;
+                (x, latent.forward(&normed, cache, batch)?)
+            }
         };
         let x = self.residual(x, y, &self.attention_norms)?;
         let (x, normed) = x.add_and_norm(self.feed_forward_norms.before.as_ref(), self.eps)?;
         let y = self.feed_forward(&normed)?;
-        self.residual(x, y, &self.feed_forward_norms)
+        self.residual(x, y, &self.feed_forward_norms).map(LayerInput::Stream)
+    }
+
+    /// Returns the projection with which the layer starts, if it is a single product.
+    pub fn projection(&self) -> Option<Projection<'_>> {
+        let AnyAttention::Heads(heads) = &self.attention else { return None };
+        let norm = self.attention_norms.before.as_ref()?;
+        Some(Projection { norm, weight: heads.qkv.single()?.weight().dense()? })
+    }
+
+    /// Returns the weights from the output projection to `next`; `None` if the layer has others, or
+    /// other operations.
+    fn post_attention<'a>(
+        &'a self,
+        heads: &'a Attention,
+        next: Projection<'a>,
+    ) -> Option<PostAttention<'a>> {
+        let FeedForward::GatedMlp(block) = &self.feed_forward else { return None };
+        let post_norms = [&self.attention_norms.after, &self.feed_forward_norms.after];
+        let plain = self.residual_scale == 1.0 && block.activation == Activation::Silu;
+        if !plain || post_norms.into_iter().any(Option::is_some) {
+            return None;
+        }
+        Some(PostAttention {
+            output: heads.out.unbiased()?,
+            norm: self.feed_forward_norms.before.as_ref()?,
+            gate_up: block.gate_up.single()?.unbiased()?,
+            down: block.down.unbiased()?,
+            next_norm: next.norm,
+            next: next.weight,
+            eps: self.eps,
+        })
+    }
+
+    /// Returns the residual stream and its norm.
+    fn norm_input(&self, input: LayerInput) -> Result<(Tensor, Tensor)> {
+        let stream = match input {
+            LayerInput::Stream(stream) => stream,
+            LayerInput::Projected(x, _) => ResidualStream { x, y: None },
+        };
+        stream.add_and_norm(self.attention_norms.before.as_ref(), self.eps)
     }
 
     /// Runs only the feed-forward block, on its normalised input `[tokens, hidden]`.
@@ -118,6 +169,24 @@ impl Layer {
         let y = if self.residual_scale == 1.0 { y } else { (y * self.residual_scale)? };
         Ok(ResidualStream { x, y: Some(y) })
     }
+}
+
+/// The input of a layer.
+#[derive(Debug)]
+pub(crate) enum LayerInput {
+    /// The residual stream.
+    Stream(ResidualStream),
+    /// The residual stream, `[tokens, hidden]`, and its [`Projection`], `[tokens, out]`.
+    Projected(Tensor, Tensor),
+}
+
+/// A norm of the residual stream and the product after it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Projection<'a> {
+    /// `[hidden]`.
+    pub norm: &'a Tensor,
+    /// `[out, hidden]`.
+    pub weight: &'a Tensor,
 }
 
 /// The residual stream, `[tokens, hidden]`: the sum of `x` and the last block's output. The
@@ -191,40 +260,40 @@ impl Attention {
         })
     }
 
-    fn forward(
-        &self,
-        x: &Tensor,
-        shape: &AttentionShape,
-        eps: f32,
-        cache: &mut dyn KvCache,
-        batch: &Batch,
-    ) -> Result<Tensor> {
-        let &AttentionShape { heads, head_dim, value_dim, .. } = shape;
-        let projected = self.qkv.forward_heads(x, head_dim)?;
-        let of = |i: usize, norm: Option<&Tensor>| -> Result<Tensor> {
-            let mut x = projected[i].clone();
-            let per_head = self.norm.as_ref().is_some_and(|norm| norm.per_head);
-            if let Some(norm) = norm.filter(|_| !per_head) {
-                let all = x.contiguous()?.flatten_from(1)?;
-                x = rms_norm(&all, norm, eps)?.reshape(x.dims())?;
+    /// Returns the residual stream, and the queries, keys and values of its norm.
+    fn project(&self, layer: &Layer, input: LayerInput) -> Result<(Tensor, [Tensor; 3])> {
+        let head_dim = layer.shape.head_dim;
+        let (x, projected) = match input {
+            LayerInput::Projected(x, projected) => (x, self.qkv.split_heads(&projected, head_dim)?),
+            input => {
+                let (x, normed) = layer.norm_input(input)?;
+                (x, self.qkv.forward_heads(&normed, head_dim)?)
             }
-            if let Some(limit) = self.clamp {
-                x = x.clamp(-limit, limit)?;
-            }
-            if let Some(norm) = norm.filter(|_| per_head) {
-                x = rms_norm(&x.contiguous()?, norm, eps)?;
-            }
-            Ok(x)
         };
+        let of = |i: usize, norm: Option<&Tensor>| self.norm_heads(&projected[i], norm, layer.eps);
         let norm = self.norm.as_ref();
         let mut q = of(0, norm.map(|norm| &norm.q))?;
-        let k = of(1, norm.map(|norm| &norm.k))?;
-        let v = of(2, None)?;
         if let Some(scale) = &self.query_scale {
             q = q.broadcast_mul(scale)?;
         }
-        let out = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
-        self.out.forward(&out.reshape((batch.tokens(), heads * value_dim))?)
+        Ok((x, [q, of(1, norm.map(|norm| &norm.k))?, of(2, None)?]))
+    }
+
+    /// Applies the clamp and a norm to `[tokens, heads, head_dim]`.
+    fn norm_heads(&self, x: &Tensor, norm: Option<&Tensor>, eps: f32) -> Result<Tensor> {
+        let mut x = x.clone();
+        let per_head = self.norm.as_ref().is_some_and(|norm| norm.per_head);
+        if let Some(norm) = norm.filter(|_| !per_head) {
+            let all = x.contiguous()?.flatten_from(1)?;
+            x = rms_norm(&all, norm, eps)?.reshape(x.dims())?;
+        }
+        if let Some(limit) = self.clamp {
+            x = x.clamp(-limit, limit)?;
+        }
+        if let Some(norm) = norm.filter(|_| per_head) {
+            x = rms_norm(&x.contiguous()?, norm, eps)?;
+        }
+        Ok(x)
     }
 }
 

@@ -27,11 +27,24 @@ impl Linear {
 
     /// Maps `x` `[…, in]` to `[…, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.weight.forward(x)?;
+        self.add_bias(self.weight.forward(x)?)
+    }
+
+    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
         })
+    }
+
+    /// Returns the matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// Returns the matrix if it is a float tensor and there is no bias.
+    pub fn unbiased(&self) -> Option<&Tensor> {
+        self.weight.dense().filter(|_| self.bias.is_none())
     }
 }
 
@@ -126,17 +139,27 @@ impl FusedLinear {
         Ok(weight.map(|weight| Linear { weight, bias }))
     }
 
+    /// Returns the map, if it is a single one.
+    pub fn single(&self) -> Option<&Linear> {
+        match self.maps.as_slice() {
+            [one] => Some(one),
+            _ => None,
+        }
+    }
+
     /// Maps `x` `[tokens, in]` to one `[tokens, heads, head_dim]` per map. With a single product
     /// these are views.
     pub fn forward_heads(&self, x: &Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
-        let heads = |y: Tensor| -> Result<Tensor> {
-            let (tokens, channels) = y.dims2()?;
-            Ok(y.reshape((tokens, channels / head_dim, head_dim))?)
-        };
-        let [one] = self.maps.as_slice() else {
-            return self.maps.iter().map(|map| heads(map.forward(x)?)).collect();
-        };
-        let y = heads(one.forward(x)?)?;
+        if let Some(one) = self.single() {
+            return self.split_heads(&one.weight.forward(x)?, head_dim);
+        }
+        self.maps.iter().map(|map| heads(map.forward(x)?, head_dim)).collect()
+    }
+
+    /// Adds the bias to the product `[tokens, out]` of the single map's matrix, and returns views
+    /// `[tokens, heads, head_dim]` of each part.
+    pub fn split_heads(&self, product: &Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
+        let y = heads(self.maps[0].add_bias(product.clone())?, head_dim)?;
         let mut start = 0;
         let mut outputs = Vec::new();
         for &size in &self.sizes {
@@ -148,7 +171,7 @@ impl FusedLinear {
 
     /// Maps `x` `[…, in]` to one `[…, out]` per map.
     pub fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
-        let [one] = self.maps.as_slice() else {
+        let Some(one) = self.single() else {
             return self.maps.iter().map(|map| map.forward(x)).collect();
         };
         let y = one.forward(x)?;
@@ -160,4 +183,10 @@ impl FusedLinear {
         }
         Ok(outputs)
     }
+}
+
+/// Reshapes `[tokens, channels]` to `[tokens, heads, head_dim]`.
+fn heads(y: Tensor, head_dim: usize) -> Result<Tensor> {
+    let (tokens, channels) = y.dims2()?;
+    Ok(y.reshape((tokens, channels / head_dim, head_dim))?)
 }

@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use half::f16;
 use longctx_core::{
-    AttentionShape, AttentionState, Batch, DenseCache, Greedy, KvCache, LayerSpec, Mask, Rope,
-    RopeScaling, SeqId, Step, add_rms_norm, attention, linear, silu_mul,
+    AttentionShape, AttentionState, Batch, DenseCache, Greedy, KvCache, LayerSpec, Mask,
+    PostAttention, Rope, RopeScaling, SeqId, Step, add_rms_norm, attention, linear, silu_mul,
 };
 use longctx_kernels::{Half, PAGE, PrefillArgs, prefill};
 
@@ -227,6 +227,59 @@ fn products_are_as_on_the_cpu() {
                 let error = relative(&got, &want);
                 assert!(error < bound, "{rows} rows, {out} x {inner}, {dtype:?}: {error}");
             }
+        }
+    }
+}
+
+/// On devices without the kernel, both sides are separate launches.
+#[test]
+fn one_launch_between_attentions_equals_separate_ones() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    // Sizes of attention, the residual stream, the feed-forward block and the next projection. In
+    // the last case the shared memory is too small for the kernel.
+    let cases =
+        [(64, 72, 200, 33), (2048, 1024, 3072, 4096), (576, 576, 1536, 960), (8, 8, 60_000, 8)];
+    for ((attention, hidden, inner, next), dtype) in
+        cases.into_iter().flat_map(|sizes| [DType::F16, DType::BF16].map(|dtype| (sizes, dtype)))
+    {
+        let make = |rows: usize, columns: usize, scale: f64| -> Tensor {
+            let x = random(rows, 1, columns, DType::F32).reshape((rows, columns)).unwrap();
+            (x * scale).unwrap().to_dtype(dtype).unwrap().to_device(&device).unwrap()
+        };
+        let weight = |out: usize, inner: usize| make(out, inner, 1.0 / (inner as f64).sqrt());
+        let norm = |_| make(1, hidden, 1.0).flatten_all().unwrap();
+        let (output, gate_up, down) =
+            (weight(hidden, attention), weight(2 * inner, hidden), weight(hidden, inner));
+        let (norm, next_norm, next) = (norm(0), norm(1), weight(next, hidden));
+        let weights = PostAttention {
+            output: &output,
+            norm: &norm,
+            gate_up: &gate_up,
+            down: &down,
+            next_norm: &next_norm,
+            next: &next,
+            eps: 1e-5,
+        };
+        for tokens in 1..=5 {
+            let (x, residual) = (make(tokens, attention, 1.0), make(tokens, hidden, 1.0));
+            let (sum, y) = weights.forward(&x, &residual).unwrap();
+            let projected = linear(&x, &output).unwrap();
+            let (middle, normed) = add_rms_norm(&residual, Some(&projected), &norm, 1e-5).unwrap();
+            let both = linear(&normed, &gate_up).unwrap();
+            let gate = both.narrow(1, 0, inner).unwrap();
+            let gated = silu_mul(&gate, &both.narrow(1, inner, inner).unwrap()).unwrap();
+            let block = linear(&gated, &down).unwrap();
+            let (want, normed) = add_rms_norm(&middle, Some(&block), &next_norm, 1e-5).unwrap();
+            let numbers = |x: &Tensor| {
+                x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let what = format!("{tokens} tokens of {hidden}, {dtype:?}");
+            assert_eq!(numbers(&sum), numbers(&want), "{what}: the residual stream");
+            let want = linear(&normed, &next).unwrap();
+            assert_eq!(numbers(&y), numbers(&want), "{what}: the projection");
         }
     }
 }

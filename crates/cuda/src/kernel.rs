@@ -85,18 +85,42 @@ impl Kernel {
         if grid.contains(&0) {
             return Ok(());
         }
-        let config = LaunchConfig {
-            grid_dim: grid.map(|blocks| blocks as u32).into(),
-            block_dim: (self.threads, 1, 1),
-            shared_mem_bytes: self.shared_bytes,
-        };
         let mut launch = stream.launch_builder(&self.function);
         launch.arg(args);
         for arg in more {
             launch.arg(arg);
         }
         // SAFETY: guaranteed by the caller.
-        unsafe { launch.launch(config) }?;
+        unsafe { launch.launch(self.config(grid)) }?;
         Ok(())
+    }
+
+    /// Like [`launch`](Self::launch), for a kernel whose thread blocks wait for each other: all run
+    /// at the same time.
+    ///
+    /// # Errors
+    /// Errors of the driver, also if the device cannot run all thread blocks at the same time.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub unsafe fn launch_cooperative<A: DeviceRepr>(
+        &self,
+        stream: &Arc<CudaStream>,
+        grid: [usize; 3],
+        args: &A,
+    ) -> Result<(), DriverError> {
+        let mut launch = stream.launch_builder(&self.function);
+        launch.arg(args);
+        // SAFETY: guaranteed by the caller.
+        unsafe { launch.launch_cooperative(self.config(grid)) }?;
+        Ok(())
+    }
+
+    fn config(&self, grid: [usize; 3]) -> LaunchConfig {
+        LaunchConfig {
+            grid_dim: grid.map(|blocks| blocks as u32).into(),
+            block_dim: (self.threads, 1, 1),
+            shared_mem_bytes: self.shared_bytes,
+        }
     }
 }
