@@ -30,6 +30,8 @@ pub type SeqId = u64;
 pub struct Batch {
     inner: Arc<Inner>,
     prepared: Option<PreparedStep>,
+    #[cfg(feature = "cuda")]
+    after_step: Option<Arc<crate::cuda::AfterStep>>,
 }
 
 #[derive(Debug)]
@@ -73,7 +75,12 @@ impl Batch {
         let seqs = seqs.iter().map(|(seq, _)| *seq).collect();
         let (on_device, shared) = (OnceLock::new(), Mutex::default());
         let inner = Arc::new(Inner { seqs, cu_seqlens, on_device, shared });
-        Ok(Self { inner, prepared: None })
+        Ok(Self {
+            inner,
+            prepared: None,
+            #[cfg(feature = "cuda")]
+            after_step: None,
+        })
     }
 
     /// Creates a batch of one sequence with `tokens` tokens.
@@ -96,7 +103,18 @@ impl Batch {
     /// [prepared](crate::PreparedDecode::prepare_decode).
     #[must_use]
     pub fn with_prepared(&self, step: PreparedStep) -> Self {
-        Self { inner: self.inner.clone(), prepared: Some(step) }
+        Self { prepared: Some(step), ..self.clone() }
+    }
+
+    /// Returns the batch of a prepared step whose caches may leave launches to the end of the step.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn with_after_step(&self, after: Arc<crate::cuda::AfterStep>) -> Self {
+        Self { after_step: Some(after), ..self.clone() }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn after_step(&self) -> Option<&crate::cuda::AfterStep> {
+        self.after_step.as_deref()
     }
 
     /// Returns the memory of a prepared step. If there is one, caches only launch kernels.

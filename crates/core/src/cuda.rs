@@ -1,14 +1,14 @@
 //! Device addresses of candle's tensors, for launches of kernels over them.
 
+mod after_step;
 mod graphs;
 mod plan_memory;
-mod side_stream;
 
 use std::sync::{Arc, OnceLock};
 
+pub use after_step::{AfterStep, after_step};
 pub use graphs::{DecodeGraphs, Forward};
 pub use plan_memory::{PlanLaunch, PlanMemory};
-pub(crate) use side_stream::{SideStream, side_stream};
 
 use crate::{Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;

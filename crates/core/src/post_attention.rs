@@ -167,3 +167,44 @@ impl PostAttention<'_> {
         Ok(Some((sum, y)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    fn ones(dims: &[usize]) -> Tensor {
+        Tensor::ones(dims, DType::F32, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn other_shapes_are_refused_by_name() {
+        let (norm, narrow) = (ones(&[8]), ones(&[7]));
+        let (output, gate_up, down, next) =
+            (ones(&[8, 16]), ones(&[6, 8]), ones(&[8, 3]), ones(&[5, 8]));
+        let good = PostAttention {
+            output: &output,
+            norm: &norm,
+            gate_up: &gate_up,
+            down: &down,
+            next_norm: &norm,
+            next: &next,
+            eps: 1e-5,
+        };
+        let (attention, residual) = (ones(&[2, 16]), ones(&[2, 8]));
+        assert!(good.forward(&attention, &residual).is_ok());
+        let message = |weights: PostAttention<'_>, attention: &Tensor, residual: &Tensor| {
+            weights.forward(attention, residual).unwrap_err().to_string()
+        };
+        let of = |weights| message(weights, &attention, &residual);
+        assert!(of(PostAttention { norm: &narrow, ..good }).starts_with("norm: expected [8]"));
+        assert!(of(PostAttention { next_norm: &narrow, ..good }).starts_with("next_norm"));
+        assert!(
+            of(PostAttention { gate_up: &next, ..good }).starts_with("gate_up: expected [6, 8]")
+        );
+        assert!(of(PostAttention { down: &next, ..good }).contains("[5, 8]"));
+        assert!(of(PostAttention { next: &down, ..good }).starts_with("next: expected [8, 8]"));
+        assert!(message(good, &residual, &residual).starts_with("attention: expected [2, 16]"));
+        assert!(message(good, &attention, &ones(&[1, 8])).starts_with("residual: expected [2, 8]"));
+    }
+}

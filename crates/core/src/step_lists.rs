@@ -30,10 +30,6 @@ pub struct PreparedStep {
     pub workspace: u64,
     /// Address of the memory that layers [reserve](StepLists::reserve).
     pub reserved: u64,
-    /// Handle of a CUDA stream (`CUstream`) for work that the rest of the step does not wait for; 0:
-    /// none. The caller makes it wait for its own stream before the step, and its own stream wait
-    /// for it after the step.
-    pub side_stream: u64,
 }
 
 /// The lists of a prepared step, to be copied to the device together. A list's offset depends only

@@ -227,8 +227,8 @@ struct Input {
     __device__ __forceinline__ void of_step(const PostAttentionArgs& a, int inner) const {
         load(STEP == OUTPUT ? a.attention : STEP == GATE_UP ? a.middle : STEP == DOWN ? a.gated : a.sum, a.rows * inner / 8);
         __syncthreads();
-        if (STEP == OUTPUT || STEP == DOWN) return;
-        for (int r = 0; r < a.rows; r++) norm(x + r * (inner / 8), STEP == GATE_UP ? a.norm : a.next_norm, inner, a.eps);
+        if constexpr (STEP == GATE_UP || STEP == NEXT)
+            for (int r = 0; r < a.rows; r++) norm(x + r * (inner / 8), STEP == GATE_UP ? a.norm : a.next_norm, inner, a.eps);
     }
 };
 

@@ -1,7 +1,7 @@
 // The rotary position embedding: channel i of a head is paired with channel i + rotary / 2.
 //
-// A thread block rotates all heads of one token, in up to two tensors: queries and keys. Angles are computed in f64 and reduced to one
-// turn; their sines and cosines are computed in f32.
+// A thread block rotates heads of one token, in up to two tensors: queries and keys. Angles are
+// computed in f64 and reduced to one turn. Their sines and cosines are computed in f32.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstddef>
@@ -44,38 +44,52 @@ __device__ __forceinline__ void turn(uint4& a, uint4& b, const float2* by) {
     }
 }
 
+// A thread's channels: eight of the first half of the rotated ones and their partners, or eight that
+// do not rotate.
+struct Piece {
+    const uint4* x = nullptr;  // Null: none.
+    uint4* y;
+    int first, second;  // Indices of the pieces in the head. Equal if they do not rotate.
+
+    // `i`: index among the pieces of all heads of a token. A head's rotated pieces precede the others.
+    __device__ __forceinline__ Piece(const RopeArgs& a, int64_t token, int i) {
+        const int turning = a.rotary / 16, pieces = turning + (a.head_dim - a.rotary) / 8;
+        const int first_heads = a.tensors[0].heads, heads = first_heads + a.tensors[1].heads;
+        if (i >= heads * pieces) return;
+        const int of_all = i / pieces, piece = i % pieces;
+        // Selecting fields instead of a struct keeps the arguments out of local memory.
+        const RopeTensor &q = a.tensors[0], &k = a.tensors[1];
+        const bool of_k = of_all >= first_heads;
+        const int head = of_k ? of_all - first_heads : of_all;
+        x = reinterpret_cast<const uint4*>(of_k ? k.x : q.x) + (token * (of_k ? k.token : q.token) + head * (of_k ? k.head : q.head)) / 8;
+        y = reinterpret_cast<uint4*>(of_k ? k.out : q.out) + (token * (of_k ? k.heads : q.heads) + head) * (a.head_dim / 8);
+        first = piece < turning ? piece : piece + turning, second = piece + turning;
+    }
+};
+
+// Grid: (tokens, pieces of all heads / THREADS, rounded up).
 template <class Pair>
 __device__ __forceinline__ void rope(const RopeArgs& a) {
-    constexpr double TWO_PI = 6.283185307179586;
+    constexpr double PI = 3.141592653589793;
     __shared__ float2 cos_sin[MAX_PAIRS];
     const int64_t token = blockIdx.x;
+    const Piece piece(a, token, blockIdx.y * THREADS + threadIdx.x);
+    uint4 first, second;
+    if (piece.x) first = piece.x[piece.first], second = piece.x[piece.second];
     const double position = reinterpret_cast<const int64_t*>(a.positions)[token];
-    const int pairs = a.rotary / 2;
-    for (int i = threadIdx.x; i < pairs; i += THREADS) {
-        const double angle = position * reinterpret_cast<const double*>(a.frequencies)[i];
+    for (int i = threadIdx.x; i < a.rotary / 2; i += THREADS) {
+        const double half_turns = position * reinterpret_cast<const double*>(a.frequencies)[i] * (1 / PI);
         float s, c;
-        sincosf(float(angle - rint(angle / TWO_PI) * TWO_PI), &s, &c);
+        sincospif(float(half_turns - 2 * rint(half_turns / 2)), &s, &c);
         cos_sin[i] = make_float2(c, s);
     }
     __syncthreads();
-    // A head's pieces of 8 channels: rotated ones, each with its partner, then the others.
-    const int turning = pairs / 8, pieces = turning + (a.head_dim - a.rotary) / 8;
-    const int first_heads = a.tensors[0].heads, heads = first_heads + a.tensors[1].heads;
-    for (int i = threadIdx.x; i < heads * pieces; i += THREADS) {
-        const int of_all = i / pieces, piece = i % pieces;
-        const RopeTensor& of = a.tensors[of_all >= first_heads];
-        const int head = of_all >= first_heads ? of_all - first_heads : of_all;
-        const uint4* x = reinterpret_cast<const uint4*>(of.x) + (token * of.token + head * of.head) / 8;
-        uint4* y = reinterpret_cast<uint4*>(of.out) + (token * of.heads + head) * (a.head_dim / 8);
-        if (piece >= turning) {
-            y[piece + turning] = x[piece + turning];
-            continue;
-        }
-        uint4 first = x[piece], second = x[piece + turning];
-        turn<Pair>(first, second, cos_sin + 8 * piece);
-        y[piece] = first;
-        y[piece + turning] = second;
+    if (!piece.x) return;
+    if (piece.first < piece.second) {
+        turn<Pair>(first, second, cos_sin + 8 * piece.first);
+        piece.y[piece.second] = second;
     }
+    piece.y[piece.first] = first;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) rope_f16(const RopeArgs a) { rope<__half2>(a); }

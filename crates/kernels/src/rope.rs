@@ -74,8 +74,10 @@ pub unsafe fn rope(stream: &Arc<CudaStream>, half: Half, args: &RopeArgs) -> Res
     }
     let name = if half == Half::F16 { "rope_f16" } else { "rope_bf16" };
     let kernel = IMAGE.kernel(stream.context(), name, THREADS, 0)?;
-    let any = args.tensors.iter().any(|of| of.heads > 0);
-    let grid = [args.tokens.max(0) as usize, usize::from(any), 1];
+    // A thread has eight channels and their partners, or eight that do not rotate.
+    let pieces = (args.head_dim / 8 - args.rotary / 16) as usize;
+    let heads: usize = args.tensors.iter().map(|of| of.heads.max(0) as usize).sum();
+    let grid = [args.tokens.max(0) as usize, (heads * pieces).div_ceil(THREADS as usize), 1];
     // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
     unsafe { kernel.launch(stream, grid, args) }?;
     Ok(())

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{SideStream, address};
+use super::address;
+use super::after_step::SideStreams;
 use crate::{Batch, Error, KvCache, PreparedDecode, PreparedStep, Result, StepLists};
 use candle_core::{CudaDevice, DType, Device, Shape, Tensor};
 use longctx_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -33,7 +34,7 @@ pub struct DecodeGraphs {
     on_device: CudaSlice<u8>,
     workspace: CudaSlice<u8>,
     reserved: CudaSlice<u8>,
-    side: SideStream,
+    side: SideStreams,
     graphs: BTreeMap<usize, Graph>,
     steps: u64,
     replayed: u64,
@@ -89,7 +90,7 @@ impl DecodeGraphs {
             on_device: memory()?,
             workspace: memory()?,
             reserved: memory()?,
-            side: SideStream::new(&device.cuda_stream())?,
+            side: SideStreams::new(&device.cuda_stream())?,
             graphs: BTreeMap::new(),
             steps: 0,
             replayed: 0,
@@ -136,7 +137,7 @@ impl DecodeGraphs {
             let ids = ids_on(&self.device)?;
             // Shapes and strides that candle copies to the device are kept for the capture.
             let _kept = self.device.enable_cuda_graph_htod_cache();
-            let logits = self.side.beside(|| forward(caches, &batch, &ids))?;
+            let logits = self.side.run(&batch, |batch| forward(caches, batch, &ids))?;
             let (last_used, layout) = (self.steps, self.lists.layout().to_vec());
             let state = State::Ready(logits.shape().clone(), logits.dtype());
             self.graphs.insert(seqs, Graph { last_used, layout, memory, state });
@@ -147,7 +148,7 @@ impl DecodeGraphs {
         if let State::Ready(shape, dtype) = &known.state {
             let logits = Tensor::zeros(shape, *dtype, &Device::Cuda(self.device.clone()))?;
             let forward: &mut Forward<'_> =
-                &mut |caches, batch, ids| self.side.beside(|| forward(caches, batch, ids));
+                &mut |caches, batch, ids| self.side.run(batch, |batch| forward(caches, batch, ids));
             known.state = capture(&self.device, &batch, memory, caches, forward, logits)?;
         }
         match &known.state {
@@ -158,7 +159,7 @@ impl DecodeGraphs {
             }
             _ => {
                 let ids = ids_on(&self.device)?;
-                self.side.beside(|| forward(caches, &batch, &ids))
+                self.side.run(&batch, |batch| forward(caches, batch, &ids))
             }
         }
     }
@@ -186,7 +187,6 @@ impl DecodeGraphs {
             lists: self.on_device.device_ptr(&stream).0,
             workspace: self.workspace.device_ptr(&stream).0,
             reserved: self.reserved.device_ptr(&stream).0,
-            side_stream: self.side.handle(),
         })
     }
 

@@ -79,39 +79,64 @@ __device__ __forceinline__ void store_scores(const AttendArgs& a, const AttendWo
         }
 }
 
-// Merges the partial results of a kv head and a block of columns. A warp merges a column; a lane
-// reads the weights of one of 32 parts, and all lanes read the channels of one part after another.
+// Merges the partial results of a kv head and a block of columns. A warp merges a column, 32 parts
+// at a time: a lane reads the weight of one part, and four channels of each part. BATCH parts are
+// read at once, the first of them before their weights are known.
 template <int D, int N>
 __device__ __forceinline__ void merge(const AttendArgs& a, const AttendWork& work, int columns) {
-    constexpr int EACH = (D + 31) / 32;
+    constexpr int BATCH = 16, PIECES = D / 4, EACH = (PIECES + 31) / 32;
+    static_assert(D % 4 == 0, "a lane reads four channels");
     const int lane = threadIdx.x % 32;
     for (int c = threadIdx.x / 32; c < 8 * N && work.first_column + c < columns; c += Rings<D>::WARPS) {
         const long long first = (long long)work.first_part * (8 * N) + c;
-        float top = -INFINITY, sum = 0.f, value[EACH] = {};
-        for (int s = lane; s < work.parts; s += 32) top = fmaxf(top, __ldcg(a.part_max + first + (long long)s * (8 * N)));
+        const float4* from = reinterpret_cast<const float4*>(a.part_out + first * D);
+        // Parts beyond the last repeat it, and lanes beyond the last channels repeat them.
+        auto read = [&](float4 (&x)[EACH][BATCH], int start) {
 #pragma unroll
-        for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-        for (int start = 0; start < work.parts && top > -INFINITY; start += 32) {
+            for (int s = 0; s < BATCH; s++)
+#pragma unroll
+                for (int e = 0; e < EACH; e++) x[e][s] = __ldcg(from + (long long)min(start + s, work.parts - 1) * (8 * N) * PIECES + min(32 * e + lane, PIECES - 1));
+        };
+        float top = -INFINITY, sum = 0.f;
+        float4 value[EACH] = {}, x[EACH][BATCH];
+        for (int start = 0; start < work.parts; start += 32) {
+            read(x, start);
+            const bool mine = start + lane < work.parts;
             const long long at = first + (long long)(start + lane) * (8 * N);
-            const float weight = start + lane < work.parts ? power_of_two(__ldcg(a.part_max + at) - top) : 0.f;
-            if (start + lane < work.parts) sum = fmaf(__ldcg(a.part_sum + at), weight, sum);
-            const int count = min(32, work.parts - start);
-            const float* from = a.part_out + (first + (long long)start * (8 * N)) * D;
-#pragma unroll 8
-            for (int s = 0; s < count; s++) {
-                const float by = __shfl_sync(~0u, weight, s);
+            const float base = mine ? __ldcg(a.part_max + at) : -INFINITY, own = mine ? __ldcg(a.part_sum + at) : 0.f;
+            float highest = fmaxf(top, base);
 #pragma unroll
-                for (int e = 0; e < EACH; e++) {
-                    const int channel = min(32 * e + lane, D - 1);  // Lanes beyond the last channel repeat it.
-                    value[e] = fmaf(__ldcg(from + (long long)s * (8 * N) * D + channel), by, value[e]);
+            for (int i = 16; i > 0; i /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
+            if (highest == -INFINITY) continue;
+            const float weight = power_of_two(base - highest), factor = power_of_two(top - highest);
+            top = highest, sum = fmaf(sum, factor, own * weight);
+#pragma unroll
+            for (int e = 0; e < EACH; e++) value[e].x *= factor, value[e].y *= factor, value[e].z *= factor, value[e].w *= factor;
+#pragma unroll
+            for (int half = 0; half < 32; half += BATCH) {
+                if (start + half >= work.parts) break;
+                if (half) read(x, start + half);
+#pragma unroll
+                for (int s = 0; s < BATCH; s++) {
+                    const float by = __shfl_sync(~0u, weight, half + s);
+#pragma unroll
+                    for (int e = 0; e < EACH; e++) {
+                        float4& y = value[e];
+                        const float4 z = x[e][s];
+                        y.x = fmaf(z.x, by, y.x), y.y = fmaf(z.y, by, y.y), y.z = fmaf(z.z, by, y.z), y.w = fmaf(z.w, by, y.w);
+                    }
                 }
             }
         }
 #pragma unroll
         for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
 #pragma unroll
-        for (int e = 0; e < EACH; e++)
-            if (32 * e + lane < D) finish(a, work, work.first_column + c, 32 * e + lane, value[e], top, sum);
+        for (int e = 0; e < EACH; e++) {
+            if (32 * e + lane >= PIECES) continue;
+            const float of[4] = {value[e].x, value[e].y, value[e].z, value[e].w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) finish(a, work, work.first_column + c, 4 * (32 * e + lane) + j, of[j], top, sum);
+        }
     }
 }
 

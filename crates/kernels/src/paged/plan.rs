@@ -4,6 +4,9 @@
 use super::AttendWork;
 use crate::PAGE;
 
+/// Fewer pages per thread block take no less time, and make the merge longer.
+const MIN_PAGES: usize = 2;
+
 /// The work items of a launch of [`attend`](super::attend).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
@@ -37,7 +40,7 @@ impl Plan {
             let pages = pages(&row);
             // Rounds to the nearest: 1.5 shares take one block twice as long.
             let splits = (pages * slots + total / 2) / total.max(1);
-            let splits = splits.clamp(1, pages.max(1));
+            let splits = splits.clamp(1, (pages / MIN_PAGES).max(1));
             let at = |page: usize| (row.from + (page * PAGE) as i32).min(row.to);
             plan.work.extend((0..splits).map(|part| AttendWork {
                 from: at(pages * part / splits),

@@ -1,14 +1,11 @@
 //! A decoded token's attention, and the eviction of one entry of each kv head by it: two launches.
 
-use std::sync::Arc;
-
 use super::CudaPool;
 use super::decode::{Outputs, Scores};
 use super::prepared::Prepared;
-use crate::cuda::{address, side_stream};
+use crate::cuda::{address, after_step};
 use crate::{Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists};
 use candle_core::{DType, Device, Tensor};
-use longctx_cuda::cudarc::driver::CudaStream;
 use longctx_cuda::{bytes_of, upload};
 use longctx_kernels::paged::{self, EvictRow};
 
@@ -43,8 +40,8 @@ impl CudaPool {
     }
 
     /// Computes causal attention of one query per sequence, and evicts one entry of each head.
-    /// Launches of a prepared batch follow its lists, and return no entries. The rest of the step
-    /// does not wait for its eviction.
+    /// Launches of a prepared batch follow its lists, and return no entries. It evicts at the end of
+    /// the step.
     pub fn attend_and_evict(
         &mut self,
         batch: &Batch,
@@ -56,12 +53,14 @@ impl CudaPool {
         let (q, main) = (self.fit(q)?, self.stream());
         // SAFETY: attention writes every output.
         let out = unsafe { Tensor::empty(q.shape(), dtype, q.device()) }?;
-        if let (Some(step), Some(prepared)) = (batch.prepared(), self.prepared_for(batch)?) {
+        if let Some(prepared) = self.prepared_for(batch)? {
             let missing = || Error::Unsupported("an eviction in a step prepared without".into());
             let lists = prepared.evict.ok_or_else(missing)?;
             self.launch_decode(batch, &q, Mask::Causal, lists.outputs(&out))?;
-            let stream = side_stream(step, &main)?;
-            self.launch_evict(&stream, lists, prepared.tables, prepared.heads)?;
+            let args = self.evict_args(lists, prepared.tables);
+            // SAFETY: as below. The lists and the scores are those of this layer and step.
+            let launch = move |on: &_| Ok(unsafe { paged::evict(on, &args, prepared.heads) }?);
+            after_step(batch, &main, launch)?;
             return Ok((out, Vec::new()));
         }
         let (rows, kept) = self.evict_rows(batch, evictions)?;
@@ -74,7 +73,9 @@ impl CudaPool {
         let scores = Scores { address: address(&scores)?, row };
         let lists = EvictLists { rows: on_device.address(), lse: address(&lse)?, scores };
         self.launch_decode(batch, &q, Mask::Causal, lists.outputs(&out))?;
-        self.launch_evict(&main, lists, tables.address(), rows.len())?;
+        // SAFETY: the arrays have these sizes, the tables name blocks that only their sequence has,
+        // and the stream frees no memory before the launch has used it.
+        unsafe { paged::evict(&main, &self.evict_args(lists, tables.address()), rows.len()) }?;
         self.drop_one(batch);
         Ok((out, kept))
     }
@@ -203,15 +204,8 @@ impl CudaPool {
         })
     }
 
-    /// Launches the eviction of the rows of `heads` kv heads.
-    fn launch_evict(
-        &self,
-        stream: &Arc<CudaStream>,
-        lists: EvictLists,
-        tables: u64,
-        heads: usize,
-    ) -> Result<()> {
-        let args = paged::EvictArgs {
+    fn evict_args(&self, lists: EvictLists, tables: u64) -> paged::EvictArgs {
+        paged::EvictArgs {
             scores: lists.scores.address,
             lse: lists.lse,
             rows: lists.rows,
@@ -220,10 +214,7 @@ impl CudaPool {
             heads_per_kv: self.shape.heads_per_kv() as i32,
             scores_row: lists.scores.row as i32,
             pieces: (self.shape.head_dim / 8) as i32,
-        };
-        // SAFETY: the arrays have these sizes, the tables name blocks that only their sequence has,
-        // and the stream frees no memory before the launch has used it.
-        Ok(unsafe { paged::evict(stream, &args, heads) }?)
+        }
     }
 
     /// Counts the eviction of one entry of each head.

@@ -6,9 +6,11 @@ use super::attend::part_len;
 use super::head::completed_by_token;
 use crate::cuda::{FillArgs, Work};
 use candle_core::{DType, Tensor};
-use longctx_core::cuda::PlanLaunch;
+use longctx_core::cuda::{PlanLaunch, after_step};
 use longctx_core::{AttentionState, Batch, Mask, PreparedStep, Result, StepLists};
 use longctx_cuda::bytes_of;
+use longctx_cuda::cudarc::driver::CudaStream;
+use std::sync::Arc;
 
 /// The lists of a prepared step. The addresses are offsets in its [`StepLists`] and its workspace.
 #[derive(Debug, Clone, Copy)]
@@ -111,7 +113,8 @@ impl CudaPool {
         Ok(self.prepared.zip(step).map(|(prepared, step)| prepared.at(step)))
     }
 
-    /// Launches a prepared step: copies the tokens to the rings, computes attention, and packs.
+    /// Launches a prepared step: copies the tokens to the rings and computes attention. Packs at the
+    /// end of the step.
     pub(super) fn run_prepared(
         &self,
         batch: &Batch,
@@ -133,9 +136,14 @@ impl CudaPool {
         let kernel = self.kernel(batch, 1);
         let lists = (prepared.attend, prepared.kv_heads);
         self.launch_attend(kernel, &q, Mask::Causal, &state, lists)?;
-        let args = FillArgs { rows: prepared.pack_rows, ..args };
-        let &Prepared { records, tiles, .. } = prepared;
-        self.launch_fill(&args, FillSizes { rows, records, tiles, entries: 0 })?;
+        let &Prepared { records, tiles, pack_rows, .. } = prepared;
+        if records + tiles > 0 {
+            let (kernels, args) = (self.kernels.clone(), FillArgs { rows: pack_rows, ..args });
+            let sizes = (rows, records, tiles);
+            // SAFETY: as in `launch_fill`. The entries are in the rings, so `k` and `v` are not read.
+            let launch = move |on: &Arc<CudaStream>| Ok(unsafe { kernels.pack(on, &args, sizes) }?);
+            after_step(batch, &self.stream(), launch)?;
+        }
         Ok(state)
     }
 }

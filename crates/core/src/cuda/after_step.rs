@@ -1,0 +1,109 @@
+//! Launches at the end of a step.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::{Batch, Result};
+use longctx_cuda::cudarc::driver::CudaStream;
+use longctx_cuda::cudarc::driver::result::stream::{self, StreamKind};
+
+type Launch = Box<dyn FnOnce(&Arc<CudaStream>) -> Result<()> + Send>;
+
+/// Launches of a [prepared step](Batch::with_prepared) that only the next step waits for, such as
+/// evictions. Those of a single layer do not fill the device, so they run at the end of the step,
+/// several at a time.
+#[derive(Default)]
+pub struct AfterStep {
+    launches: Mutex<Vec<Launch>>,
+}
+
+impl AfterStep {
+    fn push(&self, launch: Launch) {
+        self.launches.lock().unwrap_or_else(PoisonError::into_inner).push(launch);
+    }
+
+    fn take(&self) -> Vec<Launch> {
+        std::mem::take(&mut *self.launches.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl fmt::Debug for AfterStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AfterStep").finish_non_exhaustive()
+    }
+}
+
+/// Calls `launch` at the end of the batch's step, with a stream that has waited for all other work of
+/// the step. If the batch has no [`AfterStep`], calls it now, with the stream `main`.
+///
+/// # Errors
+/// Those of `launch`, if it is called now.
+pub fn after_step(
+    batch: &Batch,
+    main: &Arc<CudaStream>,
+    launch: impl FnOnce(&Arc<CudaStream>) -> Result<()> + Send + 'static,
+) -> Result<()> {
+    match batch.after_step() {
+        Some(after) => {
+            after.push(Box::new(launch));
+            Ok(())
+        }
+        None => launch(main),
+    }
+}
+
+/// Launches of this many layers run at a time.
+const SIDE_STREAMS: usize = 8;
+
+/// Streams beside a main one.
+///
+/// cudarc does not know that they exist. Otherwise cudarc would record an event at every use of a
+/// device array.
+pub struct SideStreams {
+    main: Arc<CudaStream>,
+    streams: Vec<Arc<CudaStream>>,
+}
+
+impl SideStreams {
+    pub fn new(main: &Arc<CudaStream>) -> Result<Self> {
+        let context = main.context();
+        context.bind_to_thread()?;
+        let mut side = Self { main: main.clone(), streams: Vec::new() };
+        for _ in 0..SIDE_STREAMS {
+            let raw = stream::create(StreamKind::NonBlocking)?;
+            // SAFETY: the stream belongs to this context, and is destroyed after its last use.
+            side.streams.push(unsafe { context.wrap_borrowed_stream(raw) });
+        }
+        Ok(side)
+    }
+
+    /// Runs a step of a batch, and then its [`AfterStep`]. The main stream waits for all of it.
+    pub fn run<T>(&self, batch: &Batch, step: impl FnOnce(&Batch) -> Result<T>) -> Result<T> {
+        let after = Arc::new(AfterStep::default());
+        let done = step(&batch.with_after_step(after.clone()));
+        // The caches count on these launches, also after an error.
+        let launched = self.finish(after.take());
+        let done = done?;
+        launched?;
+        Ok(done)
+    }
+
+    fn finish(&self, launches: Vec<Launch>) -> Result<()> {
+        let used = &self.streams[..launches.len().min(self.streams.len())];
+        used.iter().try_for_each(|stream| stream.join(&self.main))?;
+        let launched: Result<Vec<()>> =
+            launches.into_iter().zip(used.iter().cycle()).map(|(launch, on)| launch(on)).collect();
+        used.iter().try_for_each(|stream| self.main.join(stream))?;
+        launched.map(drop)
+    }
+}
+
+impl Drop for SideStreams {
+    fn drop(&mut self) {
+        for stream in &self.streams {
+            // SAFETY: `new` created the stream, and the steps that used it have returned.
+            _ = unsafe { stream::destroy(stream.cu_stream()) };
+        }
+    }
+}
