@@ -3,6 +3,7 @@
 use std::fmt::Arguments;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -38,6 +39,16 @@ pub fn number<const MIN: usize, const MAX: usize>(text: &str) -> Result<usize, S
     text.parse().ok().filter(fits).ok_or_else(|| format!("expected {MIN} to {MAX}"))
 }
 
+/// Returns a parser of a number of the command line that is within a range, which neither NaN nor,
+/// with finite ends, an infinity is.
+pub fn within(range: RangeInclusive<f64>) -> impl Fn(&str) -> Result<f64, String> + Clone {
+    move |text| {
+        let fits = |number: &f64| range.contains(number);
+        let expected = || format!("expected a number from {} to {}", range.start(), range.end());
+        text.parse().ok().filter(fits).ok_or_else(expected)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,6 +59,15 @@ mod tests {
         assert_eq!((words("1"), words("1000")), (Ok(1), Ok(1000)));
         for text in ["0", "1001", "18446744073709551615", "99999999999999999999", "-1", "x"] {
             assert_eq!(words(text).unwrap_err(), "expected 1 to 1000");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_refused() {
+        let percent = within(0.0..=100.0);
+        assert_eq!((percent("0"), percent("2.5"), percent("1e2")), (Ok(0.0), Ok(2.5), Ok(100.0)));
+        for text in ["nan", "-nan", "inf", "-inf", "1e999", "-0.1", "100.1", "x", ""] {
+            assert_eq!(percent(text).unwrap_err(), "expected a number from 0 to 100");
         }
     }
 

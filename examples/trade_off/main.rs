@@ -27,6 +27,7 @@ use longctx_eval::needle::{Needle, Sample, score};
 use longctx_examples::heads::Heads;
 use longctx_examples::methods::Store;
 use longctx_examples::model;
+use longctx_examples::output::within;
 use longctx_examples::place::Place;
 use longctx_examples::shared_prefill::SharedPrefill;
 use report::Row;
@@ -45,7 +46,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_values_t = [2000])]
     tokens: Vec<usize>,
     /// Depths of the key: 0 is the start, 1 the end; each has a prompt with a different key
-    #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.3, 0.5, 0.7, 0.9])]
+    #[arg(long, value_delimiter = ',', default_values_t = [0.1, 0.3, 0.5, 0.7, 0.9], value_parser = within(0.0..=1.0))]
     depths: Vec<f64>,
     /// Names of policies; "dense" keeps everything, "all" selects all
     #[arg(long, value_delimiter = ',', default_values = ["dense", "recent", "snap-kv", "h2o", "tova"], value_parser = names())]

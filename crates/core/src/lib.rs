@@ -57,7 +57,7 @@ pub use selection::{Selection, check_selections};
 pub use shape::{AttentionShape, LayerSpec};
 pub use state::AttentionState;
 pub use step_lists::{PreparedDecode, PreparedStep, StepLists};
-pub use store::{EntryRanges, KvStore, Mask, check_range};
+pub use store::{EntryRanges, KvStore, Mark, Mask, check_lens, check_range};
 pub use store_cache::{CacheStrategy, StoreCache, append_and_attend};
 pub use sums::AttentionSums;
 pub use top::{Candidates, Ranking, RowReduction, TopEntries, top_entries};

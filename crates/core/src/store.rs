@@ -192,19 +192,50 @@ pub trait KvStore: Send {
     /// [`Error::UnknownSequence`] for `from`; [`Error::Mismatch`] if `to` exists.
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()>;
 
-    /// Checks whether [`truncate`](Self::truncate) is possible. The error gives the reason if it is
-    /// not.
+    /// Checks whether [`truncate_heads`](Self::truncate_heads) is possible. The error gives the
+    /// reason if it is not.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if a head holds fewer entries;
-    /// [`Error::Unsupported`] if the format does not allow it.
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()>;
+    /// [`Error::UnknownSequence`]; [`Error::Mismatch`] for a wrong number of lengths, or if a head
+    /// holds fewer entries; [`Error::Unsupported`] if the format does not allow it;
+    /// [`Error::PoolFull`] if entries have to be unpacked and there is no room.
+    fn check_truncate_heads(&self, seq: SeqId, lens: &[usize]) -> Result<()>;
+
+    /// Drops the entries of each kv head after its first `lens[head]`.
+    ///
+    /// # Errors
+    /// As [`check_truncate_heads`](Self::check_truncate_heads), and no others except those of a
+    /// device's driver.
+    fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()>;
+
+    /// Checks whether [`truncate`](Self::truncate) is possible.
+    ///
+    /// # Errors
+    /// As [`check_truncate_heads`](Self::check_truncate_heads).
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        self.check_truncate_heads(seq, &vec![len; self.lens(seq).len()])
+    }
 
     /// Drops the entries of every head after the first `len`.
     ///
     /// # Errors
-    /// As [`check_truncate`](Self::check_truncate), and no others.
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()>;
+    /// As [`truncate_heads`](Self::truncate_heads).
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        self.truncate_heads(seq, &vec![len; self.lens(seq).len()])
+    }
+
+    /// Returns a mark of what a sequence holds, for [`restore`](Self::restore). The sequence may be
+    /// unknown.
+    fn mark(&self, seq: SeqId) -> Mark;
+
+    /// Drops the entries that were appended to a sequence since a mark, if it then holds exactly
+    /// what it held at the mark. A sequence that was unknown then is removed. Since the mark, the
+    /// sequence may have changed only by appends.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if older entries have been packed since, so that their full precision
+    /// is lost; then nothing changes. Errors of a device's driver.
+    fn restore(&mut self, seq: SeqId, mark: &Mark) -> Result<()>;
 
     /// Removes a sequence and frees its blocks. Returns whether it existed.
     fn remove(&mut self, seq: SeqId) -> bool;
@@ -245,6 +276,36 @@ pub(crate) fn had_room(done: Result<()>) -> Result<bool> {
         Ok(()) => Ok(true),
         Err(Error::PoolFull { .. }) => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+/// What a sequence holds at a time, for [`KvStore::restore`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Mark {
+    /// The number of entries of each kv head; empty for an unknown sequence.
+    pub lens: Vec<usize>,
+    /// The numbers of packed keys and values of each kv head; empty if the store packs nothing.
+    pub packed: Vec<[usize; 2]>,
+}
+
+/// Checks the numbers of entries that a truncation leaves against those that the heads hold.
+///
+/// # Errors
+/// [`Error::UnknownSequence`] if `held` is empty; [`Error::Mismatch`] for a wrong number of lengths,
+/// or if a head holds fewer entries.
+pub fn check_lens(seq: SeqId, lens: &[usize], held: &[usize]) -> Result<()> {
+    if held.is_empty() {
+        return Err(Error::UnknownSequence(seq));
+    }
+    if lens.len() != held.len() {
+        return Err(Error::mismatch("numbers of entries to keep", held.len(), lens.len()));
+    }
+    match lens.iter().zip(held).find(|(len, held)| len > held) {
+        Some((len, held)) => {
+            let what = format!("entries of sequence {seq} to keep");
+            Err(Error::mismatch(what, format!("at most {held}"), len))
+        }
+        None => Ok(()),
     }
 }
 

@@ -27,6 +27,16 @@ pub enum Error {
         /// The cause.
         reason: std::io::Error,
     },
+    /// A mistake in a settings file.
+    #[error("{file}, line {line}: {fault}")]
+    SettingsFile {
+        /// The file; "settings" for a text that is not from a file.
+        file: String,
+        /// The line, from 1.
+        line: usize,
+        /// The expected and the actual value.
+        fault: String,
+    },
     /// A record of a task's data that cannot be read as a question.
     #[error("{}, line {line}, field `{field}`: {fault}", path.display())]
     Record {

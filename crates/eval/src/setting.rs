@@ -135,26 +135,10 @@ pub enum Template {
 /// ```
 ///
 /// # Errors
-/// [`Error::Setting`] with the position of a syntax error, or for a duplicate name.
+/// [`Error::SettingsFile`] with the line of a syntax error, an unknown or missing field, a value
+/// that is out of range, or a duplicate name.
 pub fn from_toml(text: &str) -> Result<Vec<Setting>> {
-    #[derive(serde::Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct File {
-        #[serde(rename = "setting")]
-        settings: Vec<Setting>,
-    }
-    let file: File =
-        toml::from_str(text).map_err(|e| Error::setting("settings file", "[[setting]]s", e))?;
-    let mut names = BTreeSet::new();
-    for setting in &file.settings {
-        if !names.insert(&setting.name) {
-            return Err(Error::setting("name", "another for each setting", &setting.name));
-        }
-        if setting.context < 2 {
-            return Err(Error::setting("context", "at least 2 tokens", setting.context));
-        }
-    }
-    Ok(file.settings)
+    parse(text, "settings")
 }
 
 /// Reads the settings of a TOML file.
@@ -162,7 +146,37 @@ pub fn from_toml(text: &str) -> Result<Vec<Setting>> {
 /// # Errors
 /// If the file cannot be read; as [`from_toml`].
 pub fn from_toml_file(path: &Path) -> Result<Vec<Setting>> {
-    from_toml(&std::fs::read_to_string(path).map_err(Error::io(path))?)
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    parse(&text, &path.display().to_string())
+}
+
+/// Parses the settings of a text. `file` is its name in errors.
+fn parse(text: &str, file: &str) -> Result<Vec<Setting>> {
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct File {
+        #[serde(rename = "setting")]
+        settings: Vec<toml::Spanned<Setting>>,
+    }
+    let mistake = |at: usize, fault: String| {
+        let line = 1 + text.bytes().take(at).filter(|&byte| byte == b'\n').count();
+        Error::SettingsFile { file: file.to_owned(), line, fault }
+    };
+    let all: File = toml::from_str(text).map_err(|error| {
+        let at = error.span().map_or(0, |span| span.start);
+        mistake(at, error.message().to_owned())
+    })?;
+    let mut names = BTreeSet::new();
+    for setting in &all.settings {
+        let at = setting.span().start;
+        let setting = setting.as_ref();
+        setting.check().map_err(|error| mistake(at, error.to_string()))?;
+        if !names.insert(&setting.name) {
+            let error = Error::setting("name", "another for each setting", &setting.name);
+            return Err(mistake(at, error.to_string()));
+        }
+    }
+    Ok(all.settings.into_iter().map(toml::Spanned::into_inner).collect())
 }
 
 impl Setting {
@@ -176,6 +190,25 @@ impl Setting {
             template: Template::Own,
             server: None,
         }
+    }
+
+    /// Checks the numbers that have a range.
+    fn check(&self) -> Result<()> {
+        if self.context < 2 {
+            return Err(Error::setting("context", "at least 2 tokens", self.context));
+        }
+        let Some(server) = &self.server else { return Ok(()) };
+        let sizes = [
+            ("server.bytes_per_token", server.bytes_per_token),
+            ("server.dense_bytes_per_token", server.dense_bytes_per_token),
+        ];
+        for (name, size) in sizes {
+            // TOML has nan and inf.
+            if let Some(size) = size.filter(|size| !(size.is_finite() && *size > 0.0)) {
+                return Err(Error::setting(name, "a finite number above 0", size));
+            }
+        }
+        Ok(())
     }
 
     /// Returns the setting on another model, with that model's own template. The name does not
@@ -220,5 +253,30 @@ mod tests {
         assert!(from_toml(&misspelt).unwrap_err().to_string().contains("modle"));
         let short = setting("model = \"x\"\ncontext = 1");
         assert!(from_toml(&short).unwrap_err().to_string().contains("at least 2"));
+    }
+
+    #[test]
+    fn mistakes_in_a_file_name_the_file_and_the_line() {
+        let first = "[[setting]]\nname = \"a\"\nmethod = \"m\"\nmodel = \"x\"\ncontext = 9\n\n";
+        let server = "[[setting]]\nname = \"b\"\nmethod = \"http\"\nmodel = \"x\"\ncontext = 9\n\
+            server = { url = \"u\", bytes_per_token = nan }\n";
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mine.toml");
+        for (rest, line, expected) in [
+            ("[[setting]]\nname = 3\n", 8, "expected a string"),
+            ("[[setting]]\nnome = \"b\"\n", 8, "expected one of `name`"),
+            ("[[setting]]\nname = \"b\"\n", 7, "missing field `method`"),
+            ("[[setting]\n", 7, "expected `]`"),
+            (&first.replace('9', "1").replace("\"a\"", "\"b\""), 7, "at least 2 tokens"),
+            (first, 7, "another for each setting, got a"),
+            (server, 7, "a finite number above 0, got NaN"),
+        ] {
+            std::fs::write(&path, first.to_owned() + rest).unwrap();
+            let error = from_toml_file(&path).unwrap_err();
+            assert!(matches!(error, Error::SettingsFile { .. }), "{error}");
+            let words = error.to_string();
+            let place = format!("{}, line {line}: ", path.display());
+            assert!(words.starts_with(&place) && words.contains(expected), "{words}");
+        }
     }
 }

@@ -34,6 +34,42 @@ fn folder(at: &Path) {
     fs::write(at.join("run.json"), run).unwrap();
 }
 
+/// Returns the cells of a row as Markdown reads it: a bar after a backslash belongs to the cell, and
+/// so does a backslash after one.
+fn cells(row: &str) -> Vec<String> {
+    let mut cells = vec![String::new()];
+    let mut characters = row.chars();
+    while let Some(character) = characters.next() {
+        match character {
+            '\\' => cells.last_mut().unwrap().extend(characters.next()),
+            '|' => cells.push(String::new()),
+            other => cells.last_mut().unwrap().push(other),
+        }
+    }
+    cells.iter().map(|cell| cell.trim().to_owned()).collect()
+}
+
+#[test]
+fn names_of_settings_do_not_divide_cells_or_rows() {
+    let at = tempdir().unwrap();
+    let names = ["a|b", r"c\|d", r"e\", "f\ng", "||"];
+    let lines = names.map(|name| {
+        let record = record(name, "qa|sper", Category::SingleDocQa, "1", 0.5);
+        serde_json::to_string(&record).unwrap() + "\n"
+    });
+    fs::write(at.path().join("results-1-of-1.jsonl"), lines.concat()).unwrap();
+    report::write(at.path()).unwrap();
+    let page = fs::read_to_string(at.path().join("report.md")).unwrap();
+    let tables = page.split("\n\n").filter(|part| part.starts_with("| ")).collect::<Vec<_>>();
+    assert_eq!(tables.len(), 3);
+    for table in tables {
+        let rows: Vec<_> = table.lines().map(cells).collect();
+        assert!(rows.iter().all(|row| row.len() == rows[0].len()), "{table}");
+        let first: Vec<_> = rows[2..].iter().map(|row| row[1].as_str()).collect();
+        assert_eq!(first, names.map(|name| name.replace('\n', " ")));
+    }
+}
+
 #[test]
 fn numbers_are_those_of_the_results() {
     let at = tempdir().unwrap();

@@ -256,7 +256,7 @@ fn entries_to_keep_are_checked() {
     pool.retain(7, &[vec![], vec![4]]).unwrap();
     assert_eq!(pool.lens(7), Some(vec![0, 1]));
     assert!(run(&mut pool, [&[0], &[]]).contains("numbers below 0"));
-    assert!(message(pool.truncate(7, 1)).contains("at most the 0 of its shortest head, got 1"));
+    assert!(message(pool.truncate(7, 1)).contains("at most the 0 of kv head 0, got 1"));
     assert!(message(pool.read(7, 2)).contains("kv head: expected below 2, got 2"));
     assert_eq!(pool.read(9, 0), Err(Error::UnknownSequence(9)));
     // The position of a key before RoPE is its index.

@@ -152,7 +152,12 @@ impl Head {
     }
 
     fn truncate(&mut self, len: usize, format: &Format) {
-        let slots = len.checked_sub(1).map_or(0, |last| self.held()[last] + 1);
+        let held = self.held();
+        if len == held.len() {
+            return;
+        }
+        // The cut is before the first dropped entry.
+        let slots = if len == 0 { 0 } else { held[len] };
         let (packed, size) = (self.packed_keys(), format.block_tokens());
         let mut still_packed = packed;
         if let Flush::Rolling(residual) = format.flush() {
@@ -332,16 +337,26 @@ impl Fixture {
 
     fn truncate(&mut self) {
         let Some(seq) = self.any() else { return };
-        let shortest = self.pool.lens(seq).unwrap().into_iter().min().unwrap();
-        let len = match self.random.below(2) {
-            0 => self.random.below(shortest + 2),
-            _ => shortest.saturating_sub(self.random.below(20)),
+        let lens = self.pool.lens(seq).unwrap();
+        let deep = self.random.below(2) == 0;
+        let mut left = |len: usize| match deep {
+            true => self.random.below(len + 2),
+            false => len.saturating_sub(self.random.below(20)),
         };
-        let checked = self.pool.check_truncate(seq, len);
-        assert_eq!(self.pool.truncate(seq, len), checked);
+        let lens: Vec<usize> = match left(1) {
+            0 => lens.into_iter().map(left).collect(),
+            _ => vec![left(lens.iter().copied().min().unwrap()); lens.len()],
+        };
+        let checked = self.pool.check_truncate_heads(seq, &lens);
+        let truncated = match lens.iter().all(|len| *len == lens[0]) {
+            true => self.pool.truncate(seq, lens[0]),
+            false => self.pool.truncate_heads(seq, &lens),
+        };
+        assert_eq!(truncated, checked);
         if checked.is_ok() {
             let heads = self.model.get_mut(&seq).unwrap();
-            heads.iter_mut().for_each(|head| head.truncate(len, &self.format));
+            let heads = heads.iter_mut().zip(&lens);
+            heads.for_each(|(head, &len)| head.truncate(len, &self.format));
         }
     }
 

@@ -224,7 +224,7 @@ fn truncating_changes_no_more_than_a_group() {
             pool.remove(2);
         }
         let message = pool.check_truncate(1, 301).unwrap_err().to_string();
-        assert!(message.contains("at most the 300 of its shortest head, got 301"), "{message}");
+        assert!(message.contains("at most the 300 of kv head 0, got 301"), "{message}");
     }
 }
 

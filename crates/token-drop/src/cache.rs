@@ -14,7 +14,7 @@ use crate::{
     Settings,
     metadata::EntryMetadata,
     sequences::{Sequence, Sequences},
-    storage::{check_store, truncate_heads},
+    storage::check_store,
 };
 use candle_core::Tensor;
 use longctx_core::{
@@ -57,6 +57,10 @@ use longctx_core::{
 /// assert!(cache.positions(1)?[0].ends_with(&[197, 198, 199]));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// After an error of a call, its sequences are as before. A full pool, or a number that cannot be
+/// packed, is noticed before anything has changed. After a later error, such as a policy's, a
+/// sequence is poisoned if a packed store has packed older entries for the call.
 ///
 /// In a pool of fixed capacity, eviction from blocks that forks share needs room for copies.
 /// Without that room, eviction is postponed: the sequence exceeds its budget until a later call
@@ -276,13 +280,13 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         }
         let only_appends = self.only_appends(step.batch);
         let evicts_one = !only_appends && self.evicts_one(step.batch);
-        let lens = self.begin(step.batch);
+        let marks = self.begin(step.batch);
         let out = match (only_appends, evicts_one) {
             (true, _) => self.append_and_attend(step),
             (_, true) => self.attend_and_evict_one(step),
             _ => self.attend_and_evict(step),
         };
-        out.map_err(|error| self.roll_back(step.batch, &lens, error))
+        out.map_err(|error| self.roll_back(step.batch, &marks, error))
     }
 
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
@@ -291,8 +295,8 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         if self.needs_lse() {
             crate::storage::check_lse(step, lse, &self.spec)?;
         }
-        let lens = self.begin(step.batch);
-        self.append_attended(step, lse).map_err(|error| self.roll_back(step.batch, &lens, error))
+        let marks = self.begin(step.batch);
+        self.append_attended(step, lse).map_err(|error| self.roll_back(step.batch, &marks, error))
     }
 
     fn prepared_decode(&mut self, batch: &Batch) -> Option<&mut dyn PreparedDecode> {
@@ -317,11 +321,7 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         }
         self.check_restorable(sequence, len)?;
         let lens = lens_without(&sequence.state.metadata, sequence.seen - len);
-        match lens.iter().all(|len| *len == lens[0]) {
-            true => self.store.check_truncate(seq, lens[0]),
-            // Heads with different numbers of entries each keep their first ones.
-            false => Ok(()),
-        }
+        self.store.check_truncate_heads(seq, &lens)
     }
 
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
@@ -332,10 +332,10 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         };
         let dropped = sequence.seen - len;
         if len == 0 {
-            truncate_heads(&mut self.store, seq, &vec![0; kv_heads])?;
+            self.store.truncate(seq, 0)?;
             sequence.state = SeqState::new(kv_heads);
         } else if dropped > 0 {
-            truncate_heads(&mut self.store, seq, &lens_without(&sequence.state.metadata, dropped))?;
+            self.store.truncate_heads(seq, &lens_without(&sequence.state.metadata, dropped))?;
             sequence.state.metadata.drop_newest(dropped);
             sequence.state.drop_newest_queries(dropped)?;
         }

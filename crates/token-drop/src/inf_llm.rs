@@ -9,12 +9,12 @@ mod state;
 mod unrotated_rows;
 
 use crate::sequences::Sequences;
-use crate::storage::{check_lse, check_store, fork, lse_with_sink_logits, truncate_heads};
+use crate::storage::{check_lse, check_store, fork, lse_with_sink_logits, marks, restore};
 use crate::sub_batch::{SubBatch, assemble};
 use candle_core::Tensor;
 use longctx_core::{
-    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Result, SeqId, Step,
-    attention, check_unseen,
+    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mark, Result, SeqId,
+    Step, attention, check_unseen,
 };
 pub use settings::InfLlmSettings;
 use settings::Sizes;
@@ -233,31 +233,27 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
     }
 
     /// Restores the state before a failed call, or poisons the sequences that cannot be restored.
-    fn roll_back(&mut self, batch: &Batch, before: &LensBefore, error: Error) -> Error {
+    fn roll_back(&mut self, batch: &Batch, before: &Before, error: Error) -> Error {
         let advanced = |(seq, seen): (&SeqId, &usize)| self.sequences.seen(*seq) != *seen;
         let midway = batch.seqs().iter().zip(&before.seen).any(advanced);
         if midway || self.sequences.check(batch).is_err() {
-            return self.sequences.poison(batch, error);
+            return self.sequences.poison(batch.seqs(), error);
         }
-        for (i, &seq) in batch.seqs().iter().enumerate() {
-            let done = truncate_heads(&mut self.past, seq, &before.past[i]);
-            if done.and_then(|()| truncate_heads(&mut self.window, seq, &before.window[i])).is_err()
-            {
-                return self.sequences.poison(batch, error);
-            }
-            if before.past[i].is_empty() {
+        let mut lost = restore(&mut self.past, batch, &before.past);
+        lost.extend(restore(&mut self.window, batch, &before.window));
+        for (&seq, mark) in batch.seqs().iter().zip(&before.past) {
+            if mark.lens.is_empty() {
                 self.sequences.forget(seq);
             }
         }
-        error
+        self.sequences.poison(&lost, error)
     }
 
-    fn lens_before(&self, batch: &Batch) -> LensBefore {
-        let seqs = || batch.seqs().iter();
-        LensBefore {
-            seen: seqs().map(|&seq| self.seen(seq)).collect(),
-            past: seqs().map(|&seq| self.past.lens(seq)).collect(),
-            window: seqs().map(|&seq| self.window.lens(seq)).collect(),
+    fn before(&self, batch: &Batch) -> Before {
+        Before {
+            seen: batch.seqs().iter().map(|&seq| self.seen(seq)).collect(),
+            past: marks(&self.past, batch),
+            window: marks(&self.window, batch),
         }
     }
 }
@@ -266,11 +262,11 @@ fn missing_state() -> Error {
     Error::mismatch("attention of a chunk", "a state", "none")
 }
 
-/// The lengths of a batch's sequences before a call.
-struct LensBefore {
+/// What a batch's sequences held before a call.
+struct Before {
     seen: Vec<usize>,
-    past: Vec<Vec<usize>>,
-    window: Vec<Vec<usize>>,
+    past: Vec<Mark>,
+    window: Vec<Mark>,
 }
 
 impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
@@ -281,7 +277,7 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
-        let before = self.lens_before(step.batch);
+        let before = self.before(step.batch);
         let out =
             self.append_and_attend(step).and_then(|state| self.spec.output(state, step.q.dtype()));
         out.map_err(|error| self.roll_back(step.batch, &before, error))
@@ -293,7 +289,7 @@ impl<S: KvStore, W: KvStore> KvCache for InfLlm<S, W> {
         check_unseen(self, step.batch)?;
         check_lse(step, lse, &self.spec)?;
         let rows = UnrotatedRows { exact_lse: lse.cloned(), ..UnrotatedRows::all(step) };
-        let before = self.lens_before(step.batch);
+        let before = self.before(step.batch);
         let done = self.process_chunks(&rows);
         done.map_err(|error| self.roll_back(step.batch, &before, error)).map(drop)
     }

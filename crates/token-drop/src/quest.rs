@@ -4,7 +4,7 @@
 mod bounds;
 
 use crate::sequences::Sequences;
-use crate::storage::{check_store, truncate_heads};
+use crate::storage::{check_store, marks, restore};
 use crate::sub_batch::{SubBatch, assemble};
 use bounds::{PageBounds, reduce_pages};
 use candle_core::{DType, Device, Tensor};
@@ -180,20 +180,16 @@ impl<S: KvStore> Quest<S> {
             false => None,
         };
         self.update_bounds(step.batch, &k)
-            .map_err(|error| self.sequences.poison(step.batch, error))?;
+            .map_err(|error| self.sequences.poison(step.batch.seqs(), error))?;
         Ok(out)
     }
 
     /// Processes a call, or restores the state before it on an error.
     fn step_or_roll_back(&mut self, step: &Step<'_>, attends: bool) -> Result<Option<Tensor>> {
-        let lens: Vec<_> = step.batch.seqs().iter().map(|&seq| self.store.lens(seq)).collect();
+        let marks = marks(&self.store, step.batch);
         self.append_and_attend(step, attends).map_err(|error| {
-            for (&seq, lens) in step.batch.seqs().iter().zip(&lens) {
-                if truncate_heads(&mut self.store, seq, lens).is_err() {
-                    return self.sequences.poison(step.batch, error);
-                }
-            }
-            error
+            let lost = restore(&mut self.store, step.batch, &marks);
+            self.sequences.poison(&lost, error)
         })
     }
 }

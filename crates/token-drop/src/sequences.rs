@@ -102,9 +102,9 @@ impl<T: Clone> Sequences<T> {
         self.expected.remove(&seq);
     }
 
-    /// Poisons the sequences of a call that failed midway, and returns its error.
-    pub fn poison(&mut self, batch: &Batch, error: Error) -> Error {
-        for seq in batch.seqs() {
+    /// Poisons sequences of a call that failed midway, and returns its error.
+    pub fn poison(&mut self, seqs: &[SeqId], error: Error) -> Error {
+        for seq in seqs {
             if let Some(sequence) = self.known.get_mut(seq) {
                 sequence.poisoned.get_or_insert(error.to_string());
             }

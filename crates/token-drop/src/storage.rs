@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use longctx_core::{
-    AttentionShape, AttentionState, Error, KvStore, LayerSpec, Result, Selection, SeqId, Step,
+    AttentionShape, AttentionState, Batch, Error, KvStore, LayerSpec, Mark, Result, SeqId, Step,
 };
 
 /// Checks that a store is new and made for the layer, and that the layer has no sliding window.
@@ -26,20 +26,23 @@ fn check_shape(shape: &AttentionShape, store: &impl KvStore) -> Result<()> {
     Ok(())
 }
 
-/// Drops each head's entries after the first `lens`; all of them if `lens` is empty.
-pub fn truncate_heads(store: &mut impl KvStore, seq: SeqId, lens: &[usize]) -> Result<()> {
-    let held = store.lens(seq);
-    if held == lens || (held.is_empty() && lens.iter().all(|&len| len == 0)) {
-        return Ok(());
+/// Truncates a sequence that may have no entries in the store.
+pub fn truncate(store: &mut impl KvStore, seq: SeqId, len: usize) -> Result<()> {
+    match store.lens(seq).is_empty() {
+        true => Ok(()),
+        false => store.truncate(seq, len),
     }
-    let Some(&first) = lens.first() else {
-        store.remove(seq);
-        return Ok(());
-    };
-    if lens.iter().all(|len| *len == first) {
-        return store.truncate(seq, first);
-    }
-    store.retain(seq, &Selection::new(lens.iter().map(|&len| (0..len as u32).collect()).collect()))
+}
+
+/// Returns marks of a batch's sequences.
+pub fn marks(store: &impl KvStore, batch: &Batch) -> Vec<Mark> {
+    batch.seqs().iter().map(|&seq| store.mark(seq)).collect()
+}
+
+/// Restores the sequences of a failed call to their marks. Returns those that cannot be restored.
+pub fn restore(store: &mut impl KvStore, batch: &Batch, marks: &[Mark]) -> Vec<SeqId> {
+    let is_lost = |(seq, mark): &(&SeqId, &Mark)| store.restore(**seq, mark).is_err();
+    batch.seqs().iter().zip(marks).filter(is_lost).map(|(&seq, _)| seq).collect()
 }
 
 /// Checks the log-sum-exp of an engine's own prefill attention.

@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 use crate::budget::check_ratio;
 use crate::prompt::Prompt;
 use crate::sequences::Sequences;
-use crate::storage::{check_store, fork, truncate_heads};
+use crate::storage::{check_store, fork, marks, restore, truncate};
 use crate::sub_batch::{SubBatch, assemble};
 use candle_core::{DType, Tensor};
 use longctx_core::{
-    AttentionState, Batch, DenseStore, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, Result,
-    Selection, SeqId, Step, attention, check_unseen,
+    AttentionState, Batch, DenseStore, Error, Footprint, KvCache, KvStore, LayerSpec, Mark, Mask,
+    Result, Selection, SeqId, Step, attention, check_unseen,
 };
 
 /// Share of sinks among the kept tokens, if a ratio of the prompt is kept (arXiv 2407.01527).
@@ -200,33 +200,32 @@ impl<S: KvStore> StreamingLlm<S> {
             let q = self.spec.rotate(step.q, &within_cache)?;
             parts.push(self.sinks.attend(step.batch, &q, Mask::Full)?);
         }
+        // One append for all sequences: a full pool is noticed while nothing has changed.
+        self.append(step, &k, updates)?;
         if let Some(part) = &ones {
-            self.window.append(&part.batch, &part.rows(&k)?, &part.rows(step.v)?)?;
             of_window.push((part, self.window.attend(&part.batch, &part.rows(&q)?, Mask::Causal)?));
         }
         parts.push(assemble(&of_window, step.batch.tokens())?);
-        self.append(step, &k, updates, |seq| !decoded(seq))?;
         AttentionState::merge(&parts)
     }
 
-    /// Appends the kept tokens of the sequences for which `appends` returns true.
+    /// Appends the kept tokens of a call.
     fn append(
         &mut self,
         step: &Step<'_>,
         k: &Tensor,
         updates: &BTreeMap<SeqId, WindowUpdate>,
-        appends: impl Fn(SeqId) -> bool,
     ) -> Result<()> {
-        let first = |seq, _| if appends(seq) { 0..updates[&seq].new_sinks } else { 0..0 };
+        let first = |seq, _| 0..updates[&seq].new_sinks;
         if let Some(part) = SubBatch::new(step.batch, first)? {
             if self.sinks.seqs().is_empty() && self.sinks.dtype() != k.dtype() {
                 self.sinks = DenseStore::new(self.spec.shape, k.dtype())?;
             }
             self.sinks.append(&part.batch, &part.rows(k)?, &part.rows(step.v)?)?;
         }
-        let newest = |seq, tokens| match updates[&seq] {
-            WindowUpdate { new_sinks, skipped, .. } if appends(seq) => new_sinks + skipped..tokens,
-            _ => 0..0,
+        let newest = |seq, tokens| {
+            let WindowUpdate { new_sinks, skipped, .. } = updates[&seq];
+            new_sinks + skipped..tokens
         };
         if let Some(part) = SubBatch::new(step.batch, newest)? {
             self.window.append(&part.batch, &part.rows(k)?, &part.rows(step.v)?)?;
@@ -246,7 +245,7 @@ impl<S: KvStore> StreamingLlm<S> {
         };
         let keep: Vec<_> = batch.seqs().iter().filter_map(keep).collect();
         if let Err(error) = self.window.retain_each(&keep) {
-            return Err(self.sequences.poison(batch, error));
+            return Err(self.sequences.poison(batch.seqs(), error));
         }
         for (seq, tokens) in batch.iter() {
             let WindowUpdate { evicted, skipped, .. } = updates[&seq];
@@ -262,20 +261,22 @@ impl<S: KvStore> StreamingLlm<S> {
         batch.iter().map(|(seq, own)| (seq, self.window_update(seq, own.len()))).collect()
     }
 
-    /// Returns each sequence's number of entries in the sinks and in the window.
-    fn lens(&self, batch: &Batch) -> Vec<[Vec<usize>; 2]> {
-        batch.seqs().iter().map(|&seq| [self.sinks.lens(seq), self.window.lens(seq)]).collect()
+    /// Returns marks of a batch's sequences in the sinks and in the window.
+    fn marks(&self, batch: &Batch) -> [Vec<Mark>; 2] {
+        [marks(&self.sinks, batch), marks(&self.window, batch)]
     }
 
-    /// Restores the stores to their contents before a failed call.
-    fn roll_back(&mut self, batch: &Batch, lens: &[[Vec<usize>; 2]], error: Error) -> Error {
-        for (&seq, [sinks, window]) in batch.seqs().iter().zip(lens) {
-            let done = truncate_heads(&mut self.sinks, seq, sinks);
-            if done.and_then(|()| truncate_heads(&mut self.window, seq, window)).is_err() {
-                return self.sequences.poison(batch, error);
-            }
-        }
-        error
+    /// Restores the stores to their contents before a failed call. Sequences that cannot be
+    /// restored are poisoned.
+    fn roll_back(
+        &mut self,
+        batch: &Batch,
+        [sinks, window]: &[Vec<Mark>; 2],
+        error: Error,
+    ) -> Error {
+        let mut lost = restore(&mut self.sinks, batch, sinks);
+        lost.extend(restore(&mut self.window, batch, window));
+        self.sequences.poison(&lost, error)
     }
 }
 
@@ -287,10 +288,10 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor> {
         step.check(&self.spec)?;
         self.sequences.check(step.batch)?;
-        let (updates, lens) = (self.window_updates(step.batch), self.lens(step.batch));
+        let (updates, marks) = (self.window_updates(step.batch), self.marks(step.batch));
         let attended = self.attend_and_append(step, &updates);
         let out = attended.and_then(|state| self.spec.output(state, step.q.dtype()));
-        let out = out.map_err(|error| self.roll_back(step.batch, &lens, error))?;
+        let out = out.map_err(|error| self.roll_back(step.batch, &marks, error))?;
         self.finish(step.batch, &updates)?;
         Ok(out)
     }
@@ -300,9 +301,9 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
         self.sequences.check(step.batch)?;
         check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
-        let (updates, lens) = (self.window_updates(step.batch), self.lens(step.batch));
-        let appended = self.append(step, &k, &updates, |_| true);
-        appended.map_err(|error| self.roll_back(step.batch, &lens, error))?;
+        let (updates, marks) = (self.window_updates(step.batch), self.marks(step.batch));
+        let appended = self.append(step, &k, &updates);
+        appended.map_err(|error| self.roll_back(step.batch, &marks, error))?;
         self.finish(step.batch, &updates)
     }
 
@@ -339,11 +340,10 @@ impl<S: KvStore> KvCache for StreamingLlm<S> {
     fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         self.check_truncate(seq, len)?;
         let dropped = self.sequences.seen(seq) - len;
-        let kv_heads = self.spec.shape.kv_heads;
         let (sinks, window) = (self.sinks.len(seq), self.window.len(seq));
         let left = if len == 0 { 0 } else { window.saturating_sub(dropped) };
-        truncate_heads(&mut self.window, seq, &vec![left; kv_heads])?;
-        truncate_heads(&mut self.sinks, seq, &vec![sinks.min(len); kv_heads])?;
+        truncate(&mut self.window, seq, left)?;
+        truncate(&mut self.sinks, seq, sinks.min(len))?;
         if let Some(sequence) = self.sequences.get_mut(seq) {
             sequence.state.seen_at_drop = sequence.state.seen_at_drop.min(len);
             sequence.truncate(len);

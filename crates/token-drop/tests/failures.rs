@@ -10,7 +10,7 @@ use candle_core::{DType, Tensor};
 use common::*;
 use longctx_core::{
     AttentionShape, AttentionState, AttentionSums, Batch, DenseStore, Error, Footprint, KvCache,
-    KvStore, Mask, Result, Selection, SeqId,
+    KvStore, Mark, Mask, Result, Selection, SeqId,
 };
 use proptest::prelude::*;
 use token_drop::{Budget, H2o, PolicyCache};
@@ -86,11 +86,17 @@ impl KvStore for Failing {
         self.count()?;
         self.store.fork(from, to)
     }
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        self.store.check_truncate(seq, len)
+    fn check_truncate_heads(&self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        self.store.check_truncate_heads(seq, lens)
     }
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.store.truncate(seq, len)
+    fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        self.store.truncate_heads(seq, lens)
+    }
+    fn mark(&self, seq: SeqId) -> Mark {
+        self.store.mark(seq)
+    }
+    fn restore(&mut self, seq: SeqId, mark: &Mark) -> Result<()> {
+        self.store.restore(seq, mark)
     }
     fn remove(&mut self, seq: SeqId) -> bool {
         self.store.remove(seq)

@@ -23,7 +23,7 @@ use longctx_eval::statistics::{self, Difference, Verdict};
 use longctx_eval::{
     Limits, Methods, Plan, Setting, Shard, Summary, Task, records, report, run, setting,
 };
-use longctx_examples::output::{check_writable, number};
+use longctx_examples::output::{check_writable, number, within};
 use longctx_examples::say;
 use longctx_examples::subject::Models;
 use options::{SettingOptions, TaskOptions};
@@ -79,7 +79,7 @@ pub struct RunArgs {
     #[arg(long)]
     until_sure: bool,
     /// The difference that --until-sure ignores, in points of a score from 0 to 100
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 2.0, value_parser = within(0.0..=100.0))]
     margin: f64,
     /// Stop at the first bad record or failing sample
     #[arg(long)]

@@ -153,6 +153,17 @@ fn plan_counts_latents_once() {
 }
 
 #[test]
+fn a_margin_must_be_a_number() {
+    let folder = tempfile::tempdir().unwrap();
+    for margin in ["nan", "inf", "-1", "x"] {
+        let mut command = longctx(&["eval", "run", "--settings", "dense-f16", "--until-sure"]);
+        let margin = format!("--margin={margin}");
+        let (succeeded, said) = run(command.arg("--out").arg(folder.path()).arg(margin));
+        assert!(!succeeded && said.contains("expected a number from 0 to 100"), "{said}");
+    }
+}
+
+#[test]
 fn settings_are_listed_by_group() {
     let (succeeded, said) = run(&mut longctx(&["eval", "list"]));
     assert!(succeeded);

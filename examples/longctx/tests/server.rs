@@ -46,12 +46,17 @@ impl Served {
 impl Served {
     /// Asks for a completion. Returns the response: status line, headers and body.
     fn ask(&self, body: &str) -> String {
+        self.send("POST /v1/completions", "content-type: application/json\r\n", body)
+    }
+
+    /// Sends a request: its method and path, further headers, and body.
+    fn send(&self, to: &str, headers: &str, body: &str) -> String {
         let host = self.url.trim_start_matches("http://").trim_end_matches("/v1");
         let mut stream = TcpStream::connect(host).unwrap();
         let length = body.len();
         let head = format!(
-            "POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n\
-             content-length: {length}\r\nconnection: close\r\n\r\n"
+            "{to} HTTP/1.1\r\nhost: {host}\r\n{headers}content-length: {length}\r\n\
+             connection: close\r\n\r\n"
         );
         stream.write_all((head + body).as_bytes()).unwrap();
         let mut response = String::new();
@@ -167,4 +172,41 @@ fn more_requests_than_the_queue_holds_are_refused() {
     let count = |status: &str| statuses.iter().filter(|own| *own == status).count();
     assert!(count("200") > 0 && count("429") > 0, "{statuses:?}");
     assert_eq!(count("200") + count("429"), 30, "{statuses:?}");
+}
+
+#[test]
+fn every_error_has_the_form_of_openai() {
+    let served = Served::with(&["--body-limit", "2000"]);
+    let json = "content-type: application/json\r\n";
+    let (completions, chat) = ("POST /v1/completions", "POST /v1/chat/completions");
+    let long = format!(r#"{{"prompt": "{}"}}"#, "a".repeat(3000));
+    for (to, headers, body, status, words) in [
+        ("GET /v1/nothing", "", "", 404, "/v1/nothing: expected a path"),
+        ("POST /nothing", json, "{}", 404, "/nothing: expected a path"),
+        ("GET /v1/completions", "", "", 405, "/v1/completions: the method GET is not allowed"),
+        ("DELETE /health", "", "", 405, "/health: the method DELETE is not allowed"),
+        (completions, json, r#"{"prompt": "a", "max_tokens": "x"}"#, 400, "max_tokens"),
+        (completions, json, r#"{"prompt": {}}"#, 400, "expected a text"),
+        (completions, json, r#"{"max_tokens": 1}"#, 400, "missing field `prompt`"),
+        (completions, json, r#"{"prompt": "a", "temperature": "hot"}"#, 400, "expected f32"),
+        (chat, json, r#"{"messages": "a"}"#, 400, "messages"),
+        (completions, json, r#"{"prompt": "#, 400, "JSON"),
+        (completions, json, "", 400, "JSON"),
+        (completions, "", r#"{"prompt": "a"}"#, 415, "application/json"),
+        (completions, json, &long, 413, "limit"),
+    ] {
+        let response = served.send(to, headers, body);
+        assert!(response.starts_with(&format!("HTTP/1.1 {status} ")), "{to} {body}: {response}");
+        let (head, body) = response.split_once("\r\n\r\n").unwrap();
+        assert!(head.to_lowercase().contains("content-type: application/json"), "{response}");
+        let error = &serde_json::from_str::<serde_json::Value>(body).expect(&response)["error"];
+        assert_eq!(
+            (&error["type"], &error["code"]),
+            (&"invalid_request_error".into(), &status.into())
+        );
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(words), "{words}: {message}");
+        // A client learns from it what is allowed.
+        assert_eq!(head.to_lowercase().contains("\r\nallow: "), status == 405, "{response}");
+    }
 }

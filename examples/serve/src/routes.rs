@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Request as HttpRequest, State};
-use axum::http::{StatusCode, header};
+use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event as SseEvent, Sse};
 use axum::response::{IntoResponse, Response};
@@ -49,7 +49,8 @@ pub struct App {
     pub count: AtomicU64,
 }
 
-/// Returns the routes. Bodies of more than `body_limit` bytes are rejected.
+/// Returns the routes. Bodies of more than `body_limit` bytes are rejected. All errors have the
+/// body of [`Failure`].
 pub fn router(app: Arc<App>, body_limit: usize) -> Router {
     let api = Router::new()
         .route("/v1/completions", post(completions))
@@ -60,6 +61,8 @@ pub fn router(app: Arc<App>, body_limit: usize) -> Router {
         .merge(api)
         .route("/health", get(|| async { Json(json!({ "status": "ok" })) }))
         .route("/metrics", get(metrics))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(body_limit))
         .with_state(app)
 }
@@ -74,6 +77,16 @@ async fn authorize(State(app): State<Arc<App>>, request: HttpRequest, next: Next
     }
     let message = "expected the server's API key as a bearer token".into();
     Failure { status: StatusCode::UNAUTHORIZED, message }.into_response()
+}
+
+async fn unknown_path(uri: Uri) -> Failure {
+    let message = format!("{}: expected a path of the API, such as /v1/completions", uri.path());
+    Failure { status: StatusCode::NOT_FOUND, message }
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Failure {
+    let message = format!("{}: the method {method} is not allowed", uri.path());
+    Failure { status: StatusCode::METHOD_NOT_ALLOWED, message }
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -144,8 +157,14 @@ async fn tokenized(
     tokens.map_err(Failure::unavailable)?.map_err(Failure::bad_request)
 }
 
+/// Returns the error of a body that cannot be read. A field of a wrong type has status 400, as in
+/// OpenAI's API, where axum's own status is 422.
 fn refused(rejection: JsonRejection) -> Failure {
-    Failure { status: rejection.status(), message: rejection.body_text() }
+    let status = match rejection {
+        JsonRejection::JsonDataError(_) => StatusCode::BAD_REQUEST,
+        _ => rejection.status(),
+    };
+    Failure { status, message: rejection.body_text() }
 }
 
 /// Checks a request and sends it to the scheduler.

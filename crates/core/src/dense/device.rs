@@ -142,8 +142,9 @@ impl DeviceTensors {
         Ok(())
     }
 
-    pub fn truncate(&mut self, seq: SeqId, len: usize) {
-        self.seqs.entry(seq).and_modify(|tensors| tensors.truncate(len));
+    /// Drops the entries after the first ones, as many in every head.
+    pub fn truncate(&mut self, seq: SeqId, lens: &[usize]) {
+        self.seqs.entry(seq).and_modify(|tensors| tensors.truncate(lens[0]));
     }
 
     pub fn remove(&mut self, seq: SeqId) -> bool {

@@ -134,9 +134,9 @@ impl<T: Element> Pool<T> {
         Ok(())
     }
 
-    /// Drops the entries of every head after the first `len`.
-    pub fn truncate(&mut self, seq: SeqId, len: usize) {
-        for table in self.seqs.get_mut(&seq).into_iter().flatten() {
+    /// Drops the entries of each head after its first `lens[head]`.
+    pub fn truncate(&mut self, seq: SeqId, lens: &[usize]) {
+        for (table, &len) in self.seqs.get_mut(&seq).into_iter().flatten().zip(lens) {
             self.blocks.shorten(table, len);
         }
     }

@@ -7,10 +7,10 @@ use crate::attention::{self, Element};
 use crate::selection::check_selections;
 #[cfg(feature = "cuda")]
 use crate::store::had_room;
-use crate::store::{check_range, retain_in_turn};
+use crate::store::{check_lens, check_range, retain_in_turn};
 use crate::{
-    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
-    Selection, SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mark, Mask,
+    Result, Selection, SeqId,
 };
 #[cfg(feature = "cuda")]
 use crate::{EvictOne, KeptEntries};
@@ -354,21 +354,32 @@ impl KvStore for DenseStore {
         Ok(())
     }
 
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        self.check_known(seq)?;
-        match self.lens(seq).into_iter().min() {
-            Some(least) if least < len => {
-                let what = format!("entries of sequence {seq} to keep");
-                Err(Error::mismatch(what, format!("at most {least}"), len))
-            }
-            _ => Ok(()),
+    fn check_truncate_heads(&self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        check_lens(seq, lens, &self.lens(seq))?;
+        let unequal = lens.iter().any(|len| *len != lens[0]);
+        if unequal && matches!(self.storage, Storage::OnDevice(_)) {
+            let what = "different numbers of entries in the heads of one tensor";
+            return Err(Error::Unsupported(what.into()));
         }
+        Ok(())
     }
 
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.check_truncate(seq, len)?;
-        on_pool!(&mut self.storage, pool => pool.truncate(seq, len), seqs => seqs.truncate(seq, len));
+    fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        self.check_truncate_heads(seq, lens)?;
+        on_pool!(&mut self.storage, pool => pool.truncate(seq, lens), seqs => seqs.truncate(seq, lens));
         Ok(())
+    }
+
+    fn mark(&self, seq: SeqId) -> Mark {
+        Mark { lens: self.lens(seq), packed: Vec::new() }
+    }
+
+    fn restore(&mut self, seq: SeqId, mark: &Mark) -> Result<()> {
+        if mark.lens.is_empty() {
+            self.remove(seq);
+            return Ok(());
+        }
+        self.truncate_heads(seq, &mark.lens)
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {

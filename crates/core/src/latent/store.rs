@@ -3,8 +3,8 @@ use std::ops::Range;
 use crate::attention::{Page, attend_each, attend_pages, attention_sums_pages, with_slice};
 use crate::store::check_range;
 use crate::{
-    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mask, Result,
-    Selection, SeqId,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mark, Mask,
+    Result, Selection, SeqId,
 };
 use candle_core::{DType, Device, Tensor};
 
@@ -288,12 +288,20 @@ impl<S: KvStore> KvStore for LatentStore<S> {
         self.parts.fork(from, to)
     }
 
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        self.parts.check_truncate(seq, len)
+    fn check_truncate_heads(&self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        self.parts.check_truncate_heads(seq, lens)
     }
 
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.parts.truncate(seq, len)
+    fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        self.parts.truncate_heads(seq, lens)
+    }
+
+    fn mark(&self, seq: SeqId) -> Mark {
+        self.parts.mark(seq)
+    }
+
+    fn restore(&mut self, seq: SeqId, mark: &Mark) -> Result<()> {
+        self.parts.restore(seq, mark)
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {

@@ -200,6 +200,13 @@ fn number(x: Option<f64>, digits: usize) -> String {
 }
 
 fn line(cells: &[String]) -> String {
-    let escaped: Vec<_> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
+    let escaped: Vec<_> = cells.iter().map(|cell| escaped(cell)).collect();
     format!("| {} |\n", escaped.join(" | "))
+}
+
+/// Returns a cell's text, which can be the user's name of a setting, as one cell of a table: a
+/// backslash would undo the escape of a bar after it, and a new line ends the table.
+fn escaped(cell: &str) -> String {
+    let one_line = cell.split(['\n', '\r']).collect::<Vec<_>>().join(" ");
+    one_line.replace('\\', "\\\\").replace('|', "\\|")
 }

@@ -86,7 +86,8 @@ impl Manifest {
             return Ok(None);
         }
         let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
-        Ok(Some(serde_json::from_str(&text).map_err(|error| broken(&path, 1, &error))?))
+        let manifest = serde_json::from_str(&text);
+        Ok(Some(manifest.map_err(|error| broken(&path, error.line(), &error))?))
     }
 
     fn merge(&mut self, theirs: Self) -> Result<()> {

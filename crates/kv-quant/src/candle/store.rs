@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use host::{lists, prepare};
 use longctx_core::attention::with_slice;
 use longctx_core::{
-    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Result,
+    AttentionShape, AttentionState, AttentionSums, Batch, Error, Footprint, KvStore, Mark, Result,
     Selection, SeqId, StepLists, check_range, check_selections,
 };
 
@@ -369,16 +369,34 @@ impl KvStore for QuantStore {
         on_pool!(&mut self.storage, pool => Ok(pool.fork(from, to)?), pool => pool.fork(from, to))
     }
 
-    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+    fn check_truncate_heads(&self, seq: SeqId, lens: &[usize]) -> Result<()> {
         on_pool!(&self.storage,
-            pool => Ok(pool.check_truncate(seq, len)?),
-            pool => pool.check_truncate(seq, len))
+            pool => Ok(pool.check_truncate_heads(seq, lens)?),
+            pool => pool.check_truncate_heads(seq, lens))
     }
 
-    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+    fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()> {
         on_pool!(&mut self.storage,
-            pool => Ok(pool.truncate(seq, len)?),
-            pool => pool.truncate(seq, len))
+            pool => Ok(pool.truncate_heads(seq, lens)?),
+            pool => pool.truncate_heads(seq, lens))
+    }
+
+    fn mark(&self, seq: SeqId) -> Mark {
+        Mark { lens: self.lens(seq), packed: on_pool!(&self.storage, pool => pool.packed(seq)) }
+    }
+
+    fn restore(&mut self, seq: SeqId, mark: &Mark) -> Result<()> {
+        if mark.lens.is_empty() {
+            self.remove(seq);
+            return Ok(());
+        }
+        self.check_truncate_heads(seq, &mark.lens)?;
+        let packed = on_pool!(&self.storage, pool => pool.packed_after(seq, &mark.lens));
+        if packed.as_ref() != Some(&mark.packed) {
+            let what = format!("restoring sequence {seq}, of which more is packed since");
+            return Err(Error::Unsupported(what));
+        }
+        self.truncate_heads(seq, &mark.lens)
     }
 
     fn remove(&mut self, seq: SeqId) -> bool {

@@ -25,13 +25,25 @@ impl Pool {
     /// [`Error::UnknownSequence`]; [`Error::Mismatch`] if a head holds fewer entries;
     /// [`Error::PoolFull`] if a block has to be unpacked and there is no room.
     pub fn check_truncate(&self, seq: u64, len: usize) -> Result<()> {
+        self.check_truncate_heads(seq, &vec![len; self.shape.kv_heads])
+    }
+
+    /// Checks whether [`truncate_heads`](Self::truncate_heads) is possible.
+    ///
+    /// # Errors
+    /// As [`check_truncate`](Self::check_truncate), and [`Error::Mismatch`] for a wrong number of
+    /// lengths.
+    pub fn check_truncate_heads(&self, seq: u64, lens: &[usize]) -> Result<()> {
         let heads = &self.sequence(seq)?.heads;
-        if let Some(short) = heads.iter().find(|head| head.len < len) {
-            let expected = format!("at most the {} of its shortest head", short.len);
-            return Err(Error::mismatch("entries to leave", expected, len));
+        if lens.len() != heads.len() {
+            return Err(Error::mismatch("numbers of entries to leave", heads.len(), lens.len()));
         }
         let mut delta = BlockDelta::default();
-        for head in heads {
+        for (i, (head, &len)) in heads.iter().zip(lens).enumerate() {
+            if len > head.len {
+                let expected = format!("at most the {} of kv head {i}", head.len);
+                return Err(Error::mismatch("entries to leave", expected, len));
+            }
             delta += head.cut(&self.format, len).delta(head, &self.memory);
         }
         self.check_room(self.memory.bytes(delta).max(0) as usize)
@@ -55,24 +67,63 @@ impl Pool {
     /// # Errors
     /// As [`check_truncate`](Self::check_truncate), and no others. On an error nothing has changed.
     pub fn truncate(&mut self, seq: u64, len: usize) -> Result<()> {
-        self.check_truncate(seq, len)?;
+        self.truncate_heads(seq, &vec![len; self.shape.kv_heads])
+    }
+
+    /// Drops the entries of each head after its first `lens[head]`, as
+    /// [`truncate`](Self::truncate) does. A head that drops nothing does not change.
+    ///
+    /// # Errors
+    /// As [`check_truncate_heads`](Self::check_truncate_heads), and no others. On an error nothing
+    /// has changed.
+    pub fn truncate_heads(&mut self, seq: u64, lens: &[usize]) -> Result<()> {
+        self.check_truncate_heads(seq, lens)?;
         let largest = self.largest();
         let Self { seqs, memory, format, .. } = self;
         let heads = seqs.get_mut(&seq).into_iter().flat_map(|sequence| &mut sequence.heads);
-        heads.for_each(|head| head.apply(head.cut(format, len), memory, largest));
+        for (head, &len) in heads.zip(lens).filter(|(head, len)| **len < head.len) {
+            head.apply(head.cut(format, len), memory, largest);
+        }
         memory.shrink();
         Ok(())
+    }
+
+    /// Returns the numbers of packed keys and values of each kv head; none for an unknown sequence.
+    #[cfg(feature = "candle")]
+    pub(crate) fn packed(&self, seq: u64) -> Vec<[usize; 2]> {
+        let heads = self.seqs.get(&seq).into_iter().flat_map(|sequence| &sequence.heads);
+        heads.map(|head| [head.packed_keys, head.packed_values]).collect()
+    }
+
+    /// Returns the numbers of packed keys and values after a truncation to `lens`, which has been
+    /// checked; `None` if it unpacks entries, whose full precision is lost.
+    #[cfg(feature = "candle")]
+    pub(crate) fn packed_after(&self, seq: u64, lens: &[usize]) -> Option<Vec<[usize; 2]>> {
+        let heads = self.seqs.get(&seq).into_iter().flat_map(|sequence| &sequence.heads);
+        let after = |(head, &len): (&Head, &usize)| {
+            let cut = head.cut(&self.format, len);
+            cut.unpacked.is_none().then_some([cut.packed_keys, cut.packed_values])
+        };
+        heads.zip(lens).map(after).collect()
     }
 }
 
 impl Head {
     fn cut(&self, format: &Format, len: usize) -> Cut {
-        let last = len.checked_sub(1).and_then(|last| self.slots_of([last].into_iter()).next());
-        let slots = last.map_or(0, |slot| slot + 1);
+        // The cut is before the first dropped entry. Holes before it stay: they may be in a block
+        // that is packed, which the cut then does not divide.
+        let slots = match len {
+            _ if len == self.len => self.slots(),
+            0 => 0,
+            _ => self.slots_of([len].into_iter()).next().unwrap_or(self.slots()),
+        };
         let cut = |packed_keys: usize, packed_values: usize, unpacked| {
             let packed_values = packed_values.min(slots);
             Cut { len, slots, packed_keys, packed_values, unpacked }
         };
+        if len == self.len {
+            return cut(self.packed_keys, self.packed_values, None);
+        }
         let packed = self.still_packed(format, slots);
         if packed <= slots {
             return cut(packed, self.packed_values.min(packed), None);

@@ -2,7 +2,7 @@
 //! decode steps.
 
 use super::PolicyCache;
-use crate::EvictionPolicy;
+use crate::{EvictionPolicy, storage::marks};
 use candle_core::Tensor;
 use longctx_core::{
     Batch, KvStore, PreparedDecode, Result, SeqId, Step, StepLists, append_and_attend,
@@ -55,12 +55,12 @@ impl<S: KvStore, P: EvictionPolicy> PreparedDecode for PolicyCache<S, P> {
         self.prepared.positions = lists.push_positions(batch, |seq| self.next_position(seq));
         self.prepared.evicts = !self.only_appends(batch);
         lists.push_size(self.prepared.evicts.into());
-        let lens: Vec<_> = batch.seqs().iter().map(|&seq| self.store.lens(seq)).collect();
+        let marks = marks(&self.store, batch);
         self.store.prepare_decode(batch, lists)?;
         self.begin(batch);
         if self.prepared.evicts {
             let done = self.prepare_evict(batch, lists);
-            return done.map_err(|error| self.roll_back(batch, &lens, error));
+            return done.map_err(|error| self.roll_back(batch, &marks, error));
         }
         batch.seqs().iter().for_each(|&seq| self.sequences.advance(seq, 1));
         Ok(())

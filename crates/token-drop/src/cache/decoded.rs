@@ -16,21 +16,18 @@ use longctx_core::{
 };
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Plans the eviction of decoded sequences that are scored and selected on the device. The
-    /// others are left out: [`plan`](Self::plan) handles each of them.
-    ///
-    /// `q` and `lse` are those of the whole batch.
+    /// Plans the eviction of the decoded sequences of a batch that are scored and selected on the
+    /// device. The others are left out: [`plan`](Self::plan) handles each of them.
     pub(super) fn plan_decoded(
         &self,
         batch: &Batch,
         q: &Tensor,
         lse: Option<&Tensor>,
-        is_decoded: impl Fn(SeqId) -> bool,
     ) -> Result<BTreeMap<SeqId, Plan>> {
         let scores = self.reduced_attention().filter(|_| q.device().is_cuda());
         let (Some(scores), Some(lse)) = (scores, lse) else { return Ok(BTreeMap::new()) };
         let mut limits = BTreeMap::new();
-        for (seq, own) in batch.iter().filter(|(seq, _)| is_decoded(*seq)) {
+        for (seq, own) in batch.iter() {
             let of = self.limits(seq, own.len());
             if self.is_scored_on_device(seq, &of) {
                 limits.insert(seq, of);
@@ -45,7 +42,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             candidates.map(|(seq, sums)| self.candidates(*seq, sums, &limits[seq], scores));
         let top = top_entries(&candidates.collect::<Result<Vec<_>>>()?)?.unwrap_or_default();
         let plan = |(&seq, top): (&SeqId, TopEntries)| {
-            let mut plan = Plan::new(seq, 1, true);
+            let mut plan = Plan::new(seq, 1);
             let all = Scores::OnDevice(top.all_scores);
             plan.scores = self.needs.previous_scores.then_some(all);
             if limits[&seq].evicts {

@@ -13,8 +13,6 @@ use longctx_core::{KvStore, Result, Selection, SeqId};
 pub struct Plan {
     pub seq: SeqId,
     pub tokens: usize,
-    /// Whether the call's tokens are already in the store.
-    pub in_store: bool,
     /// The newest queries to keep.
     pub queries: Option<Tensor>,
     /// The scores for the policy's next call.
@@ -29,9 +27,9 @@ pub struct Plan {
 
 impl Plan {
     /// Creates a plan that keeps all entries.
-    pub fn new(seq: SeqId, tokens: usize, in_store: bool) -> Self {
+    pub fn new(seq: SeqId, tokens: usize) -> Self {
         let (queries, scores, keep, kept) = (None, None, None, None);
-        Self { seq, tokens, in_store, queries, scores, keep, kept, selected: false }
+        Self { seq, tokens, queries, scores, keep, kept, selected: false }
     }
 
     /// Returns the kept tokens of the call, if each head held `old` entries before; all of them if
@@ -111,7 +109,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     pub(super) fn plan(&self, call: &CallTensors) -> Result<Plan> {
         let (seq, tokens) = (call.seq, call.tokens());
         let queries = self.newest_queries(call)?;
-        let mut plan = Plan::new(seq, tokens, call.in_store);
+        let mut plan = Plan::new(seq, tokens);
         let limits = self.limits(seq, tokens);
         if limits.evicts || self.needs.previous_scores {
             let scores = self.score(call, queries.as_ref())?;

@@ -1,90 +1,97 @@
 //! Processes a call: attention, scores, selection and the changes to the store.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::plan::Plan;
 use super::score::CallTensors;
 use super::{PolicyCache, SeqState};
 use crate::{
     EvictionPolicy,
-    storage::{lse_with_sink_logits, truncate_heads},
+    storage::{lse_with_sink_logits, marks, restore},
     sub_batch::{SubBatch, assemble},
 };
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use longctx_core::{
-    AttentionState, Batch, Error, KvStore, Mask, Result, Selection, SeqId, Step, attention,
+    AttentionState, Batch, Error, KvStore, Mark, Mask, Result, Selection, SeqId, Step, attention,
 };
 
 /// Kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values, by
 /// sequence.
 type Rewritten = BTreeMap<SeqId, (Tensor, Tensor)>;
 
+/// The changes of a call to its sequences.
+#[derive(Debug, Default)]
+struct Planned {
+    plans: Vec<Plan>,
+    rewritten: Rewritten,
+}
+
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Adds a call's tokens to the metadata of the entries. Returns the number of entries that each
-    /// head of the sequences held before.
-    pub(super) fn begin(&mut self, batch: &Batch) -> Vec<Vec<usize>> {
+    /// Adds a call's tokens to the metadata of the entries. Returns marks of what the sequences held
+    /// before.
+    pub(super) fn begin(&mut self, batch: &Batch) -> Vec<Mark> {
         let kv_heads = self.spec.shape.kv_heads;
-        let begin = |(seq, tokens): (SeqId, std::ops::Range<usize>)| {
+        for (seq, tokens) in batch.iter() {
             let sequence = self.sequences.begin(seq, || SeqState::new(kv_heads));
             sequence.state.metadata.add(sequence.seen..sequence.seen + tokens.len());
-            self.store.lens(seq)
-        };
-        batch.iter().map(begin).collect()
+        }
+        marks(&self.store, batch)
     }
 
     /// Restores the state before a failed call. Sequences that cannot be restored are poisoned.
-    pub(super) fn roll_back(&mut self, batch: &Batch, lens: &[Vec<usize>], error: Error) -> Error {
+    pub(super) fn roll_back(&mut self, batch: &Batch, marks: &[Mark], error: Error) -> Error {
         if self.sequences.check(batch).is_err() {
             return error;
         }
-        for ((seq, tokens), lens) in batch.iter().zip(lens) {
-            if truncate_heads(&mut self.store, seq, lens).is_err() {
-                return self.sequences.poison(batch, error);
-            }
+        let lost = restore(&mut self.store, batch, marks);
+        for ((seq, tokens), mark) in batch.iter().zip(marks) {
             match self.sequences.get_mut(seq) {
-                Some(sequence) if !lens.is_empty() => {
+                Some(sequence) if !mark.lens.is_empty() => {
                     sequence.state.metadata.drop_newest(tokens.len());
                 }
                 _ => self.sequences.forget(seq),
             }
         }
-        error
+        self.sequences.poison(&lost, error)
     }
 
     /// Attends and keeps the selected entries.
+    ///
+    /// All sequences are appended in one operation of the store, once the prompts are planned. So
+    /// a full pool or a number that cannot be packed is an error before anything has changed: a
+    /// packed store cannot always take back what it has packed.
     pub(super) fn attend_and_evict(&mut self, step: &Step<'_>) -> Result<Tensor> {
         let (q, k) = step.rotate(&self.spec, |seq| self.next_position(seq))?;
-        let joins =
-            |(seq, own): &(SeqId, std::ops::Range<usize>)| self.appends_first(*seq, own.len());
-        let appended_first: BTreeSet<_> =
-            step.batch.iter().filter(joins).map(|(seq, _)| seq).collect();
-        let prompts = SubBatch::of_sequences(step.batch, |seq, _| !appended_first.contains(&seq))?;
-        let decoded = SubBatch::of_sequences(step.batch, |seq, _| appended_first.contains(&seq))?;
-        let mut parts = Vec::new();
+        let appended_first = |seq, tokens| self.appends_first(seq, tokens);
+        let prompts = SubBatch::of_sequences(step.batch, |seq, n| !appended_first(seq, n))?;
+        let decoded = SubBatch::of_sequences(step.batch, appended_first)?;
+        let (mut parts, mut planned) = (Vec::new(), Planned::default());
         if let Some(part) = &prompts {
-            parts.push((part, self.attend_prompts(step, &q, &k, part)?));
+            let state = self.attend_prompts(step, &q, &k, part)?;
+            self.plan_part(step, (&q, &k), (part, false), &state, &mut planned)?;
+            parts.push((part, state));
         }
+        self.append_planned(step, &k, &mut planned)?;
         if let Some(part) = &decoded {
-            self.store.append(&part.batch, &part.rows(&k)?, &part.rows(step.v)?)?;
-            parts.push((part, self.store.attend(&part.batch, &part.rows(&q)?, Mask::Causal)?));
+            let state = self.store.attend(&part.batch, &part.rows(&q)?, Mask::Causal)?;
+            self.plan_part(step, (&q, &k), (part, true), &state, &mut planned)?;
+            parts.push((part, state));
         }
         let whole = assemble(&parts, step.batch.tokens())?;
-        let lse =
-            self.needs.attention.map(|_| lse_with_sink_logits(&whole, &self.spec)).transpose()?;
         let out = self.spec.output(whole, step.q.dtype())?;
-        self.score_and_evict(step, (&q, &k), lse.as_ref(), &appended_first)?;
+        self.finish(step.batch, planned)?;
         Ok(out)
     }
 
     /// Appends prompts whose attention was computed by the engine.
     pub(super) fn append_attended(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()> {
         let (q, k) = step.rotate(&self.spec, |_| 0)?;
-        self.score_and_evict(
-            step,
-            (&q, &k),
-            lse.filter(|_| self.needs.attention.is_some()),
-            &BTreeSet::new(),
-        )
+        let lse = lse.filter(|_| self.needs.attention.is_some());
+        let mut planned = Planned::default();
+        self.plan_sequences(step, (&q, &k), lse, false, &mut planned)?;
+        self.append_planned(step, &k, &mut planned)?;
+        self.finish(step.batch, planned)
     }
 
     /// Exact attention among each sequence's own tokens, and over its kept entries.
@@ -104,40 +111,50 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         AttentionState::merge(&parts)
     }
 
-    /// Scores and selects for every sequence, and then changes the store.
-    fn score_and_evict(
-        &mut self,
+    /// Scores and selects for the sequences of a part of the call, from its attention. `in_store`:
+    /// whether its tokens are in the store already.
+    fn plan_part(
+        &self,
+        step: &Step<'_>,
+        (q, k): (&Tensor, &Tensor),
+        (part, in_store): (&SubBatch, bool),
+        state: &AttentionState,
+        planned: &mut Planned,
+    ) -> Result<()> {
+        let lse =
+            self.needs.attention.map(|_| lse_with_sink_logits(state, &self.spec)).transpose()?;
+        let rotated = (&part.rows(q)?, &part.rows(k)?);
+        let (q, k, v) = (part.rows(step.q)?, part.rows(step.k)?, part.rows(step.v)?);
+        let step = Step { batch: &part.batch, q: &q, k: &k, v: &v };
+        self.plan_sequences(&step, rotated, lse.as_ref(), in_store, planned)
+    }
+
+    /// Scores and selects for every sequence of a step.
+    fn plan_sequences(
+        &self,
         step: &Step<'_>,
         (q, k): (&Tensor, &Tensor),
         lse: Option<&Tensor>,
-        appended_first: &BTreeSet<SeqId>,
+        in_store: bool,
+        planned: &mut Planned,
     ) -> Result<()> {
-        let (mut plans, mut rewritten) = (Vec::new(), Rewritten::new());
-        let is_decoded = |seq| appended_first.contains(&seq);
-        let mut on_device = self.plan_decoded(step.batch, q, lse, is_decoded)?;
+        let mut on_device = match in_store {
+            true => self.plan_decoded(step.batch, q, lse)?,
+            false => BTreeMap::new(),
+        };
         for (seq, tokens) in step.batch.iter() {
             if let Some(plan) = on_device.remove(&seq) {
-                plans.push(plan);
+                planned.plans.push(plan);
                 continue;
             }
-            let call = CallTensors::new(step, (q, k), lse, (seq, tokens), is_decoded(seq))?;
+            let call = CallTensors::new(step, (q, k), lse, (seq, tokens), in_store)?;
             let plan = self.plan(&call)?;
             if let Some(keep) = plan.keep.as_ref().filter(|_| self.settings.rerotate) {
-                rewritten.insert(seq, self.rewrite(&call, keep)?);
+                planned.rewritten.insert(seq, self.rewrite(&call, keep)?);
             }
-            plans.push(plan);
+            planned.plans.push(plan);
         }
-        self.append_prompts(step, k, &mut plans)?;
-        for (&seq, (k, v)) in &rewritten {
-            // Appends only the rows beyond the current length first. This fails if there is no
-            // room, while everything can still be restored.
-            let held = self.store.len(seq);
-            if let Some(more) = k.dim(0)?.checked_sub(held).filter(|more| *more > 0) {
-                let part = |x: &Tensor| x.narrow(0, held, more);
-                self.store.append(&Batch::single(seq, more)?, &part(k)?, &part(v)?)?;
-            }
-        }
-        self.finish(plans, &rewritten).map_err(|error| self.sequences.poison(step.batch, error))
+        Ok(())
     }
 
     /// Returns kept keys `[kept, kv_heads, head_dim]`, rotated to contiguous positions, and values.
@@ -158,38 +175,77 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         Ok((Tensor::cat(&keys, 1)?.to_device(device)?, Tensor::cat(&values, 1)?.to_device(device)?))
     }
 
-    /// Appends the kept tokens of prompts, except those of sequences that are rewritten.
-    fn append_prompts(&mut self, step: &Step<'_>, k: &Tensor, plans: &mut [Plan]) -> Result<()> {
-        let rerotate = self.settings.rerotate;
-        let appends = |plan: &Plan| !(plan.in_store || rerotate && plan.keep.is_some());
-        let appended: BTreeSet<_> = plans.iter().filter(|p| appends(p)).map(|p| p.seq).collect();
-        let Some(part) = SubBatch::of_sequences(step.batch, |seq, _| appended.contains(&seq))?
-        else {
-            return Ok(());
-        };
-        let (k, v) = (part.rows(k)?, part.rows(step.v)?);
-        let mut plans: Vec<_> = plans.iter_mut().filter(|p| appends(p)).collect();
-        let mixed = |plan: &&mut Plan| plan.is_mixed_on_device(&self.store.lens(plan.seq));
+    /// Appends a call's tokens to all sequences, or changes nothing. Of prompts it appends only the
+    /// kept tokens, if the store can.
+    fn append_planned(&mut self, step: &Step<'_>, k: &Tensor, planned: &mut Planned) -> Result<()> {
+        let Planned { plans, rewritten } = planned;
+        if !rewritten.is_empty() {
+            return self.append_with_rewritten(step, k, rewritten);
+        }
+        let mixed = |plan: &Plan| plan.is_mixed_on_device(&self.store.lens(plan.seq));
         if plans.iter().all(|plan| plan.keep.is_none()) || plans.iter().any(mixed) {
-            return self.store.append(&part.batch, &k, &v);
+            return self.store.append(step.batch, k, step.v);
         }
         let kv_heads = self.spec.shape.kv_heads;
-        let own = |plan: &&mut Plan| plan.kept_of_call(&self.store.lens(plan.seq), kv_heads);
-        let selected = plans.iter().map(own).collect::<Result<Vec<_>>>()?;
-        match self.store.append_selected(&part.batch, &k, &v, &selected) {
+        let of_seq: BTreeMap<_, _> = plans.iter().map(|plan| (plan.seq, plan)).collect();
+        let selected = |(seq, own): (SeqId, Range<usize>)| match of_seq.get(&seq) {
+            Some(plan) => plan.kept_of_call(&self.store.lens(seq), kv_heads),
+            None => Ok(Selection::uniform(kv_heads, (0..own.len() as u32).collect())),
+        };
+        let selected = step.batch.iter().map(selected).collect::<Result<Vec<_>>>()?;
+        match self.store.append_selected(step.batch, k, step.v, &selected) {
             Ok(()) => {
                 plans.iter_mut().for_each(|plan| plan.selected = plan.keep.is_some());
                 Ok(())
             }
             // Stores with one tensor for all heads can only append whole tokens; the others are
             // dropped afterwards.
-            Err(Error::Unsupported(_)) => self.store.append(&part.batch, &k, &v),
+            Err(Error::Unsupported(_)) => self.store.append(step.batch, k, step.v),
             Err(error) => Err(error),
         }
     }
 
-    /// Drops the evicted entries and counts the call's tokens.
-    fn finish(&mut self, plans: Vec<Plan>, rewritten: &Rewritten) -> Result<()> {
+    /// Appends the call's tokens and, of sequences that are rewritten, only the rows beyond their
+    /// current length. The others are [replaced](Self::replace) afterwards, which takes no more
+    /// room.
+    fn append_with_rewritten(
+        &mut self,
+        step: &Step<'_>,
+        k: &Tensor,
+        rewritten: &Rewritten,
+    ) -> Result<()> {
+        let (mut seqs, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        for (seq, own) in step.batch.iter() {
+            let (k, v, rows) = match rewritten.get(&seq) {
+                Some((k, v)) => (k, v, self.store.len(seq).min(k.dim(0)?)..k.dim(0)?),
+                None => (k, step.v, own),
+            };
+            if !rows.is_empty() {
+                // Rewritten rows are in f32.
+                let rows_of =
+                    |x: &Tensor| x.narrow(0, rows.start, rows.len())?.to_dtype(DType::F32);
+                keys.push(rows_of(k)?);
+                values.push(rows_of(v)?);
+                seqs.push((seq, rows.len()));
+            }
+        }
+        match seqs.is_empty() {
+            true => Ok(()),
+            false => {
+                let (k, v) = (Tensor::cat(&keys, 0)?, Tensor::cat(&values, 0)?);
+                self.store.append(&Batch::new(&seqs)?, &k, &v)
+            }
+        }
+    }
+
+    /// Drops the evicted entries and counts the call's tokens. A failure midway poisons the
+    /// sequences.
+    fn finish(&mut self, batch: &Batch, planned: Planned) -> Result<()> {
+        let done = self.evict(planned);
+        done.map_err(|error| self.sequences.poison(batch.seqs(), error))
+    }
+
+    fn evict(&mut self, Planned { plans, rewritten }: Planned) -> Result<()> {
         let mut evictions = Vec::new();
         for plan in &plans {
             match rewritten.get(&plan.seq) {

@@ -103,7 +103,7 @@ impl<S: KvStore, W: KvStore> InfLlm<S, W> {
         let received = self.received(&chunk, reversed.as_ref(), &lse)?;
         self.window.append(&rows.batch, &chunk.k, &rows.v)?;
         let done = self.commit(&chunk, received, call);
-        done.map_err(|error| self.sequences.poison(call, error))?;
+        done.map_err(|error| self.sequences.poison(call.seqs(), error))?;
         Ok(state)
     }
 

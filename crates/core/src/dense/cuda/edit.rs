@@ -230,8 +230,9 @@ impl CudaPool {
         Ok(())
     }
 
-    pub fn truncate(&mut self, seq: SeqId, len: usize) {
-        for table in self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads) {
+    pub fn truncate(&mut self, seq: SeqId, lens: &[usize]) {
+        let heads = self.seqs.get_mut(&seq).into_iter().flat_map(|of| &mut of.heads);
+        for (table, &len) in heads.zip(lens) {
             table.len = table.len.min(len);
             let rest = table.blocks.drain(table.len.div_ceil(PAGE)..);
             rest.for_each(|block| self.blocks.release(block));

@@ -220,8 +220,8 @@ impl CudaPool {
     /// Counts the eviction of one entry of each head.
     fn drop_one(&mut self, batch: &Batch) {
         for &seq in batch.seqs() {
-            let len = self.seqs.get(&seq).map_or(0, |sequence| sequence.heads[0].len);
-            self.truncate(seq, len.saturating_sub(1));
+            let lens: Vec<_> = self.lens(seq).iter().map(|len| len.saturating_sub(1)).collect();
+            self.truncate(seq, &lens);
         }
     }
 }

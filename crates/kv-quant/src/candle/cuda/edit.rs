@@ -3,7 +3,7 @@
 use super::CudaPool;
 use super::head::{Head, Truncation, ValidityMask};
 use crate::cuda::{CompactRow, TILE};
-use longctx_core::{Error, Result, Selection, SeqId};
+use longctx_core::{Error, Result, Selection, SeqId, check_lens};
 use longctx_cuda::upload;
 
 impl CudaPool {
@@ -26,29 +26,49 @@ impl CudaPool {
         Ok(())
     }
 
-    pub fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
-        let heads = &self.sequence(seq)?.heads;
+    pub fn check_truncate_heads(&self, seq: SeqId, lens: &[usize]) -> Result<()> {
         self.check(seq)?;
-        if let Some(short) = heads.iter().find(|head| head.len() < len) {
-            let expected = format!("at most the {} of its shortest head", short.len());
-            return Err(Error::mismatch("entries to leave", expected, len));
-        }
-        Ok(())
+        check_lens(seq, lens, &self.lens(seq))
     }
 
-    /// As [`Pool::truncate`](crate::Pool::truncate). If a record of keys along tokens is divided,
+    /// Returns the numbers of packed keys and values of each kv head; none for an unknown sequence.
+    pub fn packed(&self, seq: SeqId) -> Vec<[usize; 2]> {
+        let heads = self.seqs.get(&seq).into_iter().flat_map(|sequence| &sequence.heads);
+        heads.map(|head| [head.packed.keys, head.packed.values]).collect()
+    }
+
+    /// Returns the numbers of packed keys and values after a truncation to `lens`, which has been
+    /// checked; `None` if it unpacks entries, whose full precision is lost.
+    pub fn packed_after(&self, seq: SeqId, lens: &[usize]) -> Option<Vec<[usize; 2]>> {
+        let heads = self.seqs.get(&seq).into_iter().flat_map(|sequence| &sequence.heads);
+        let after = |(head, &len): (&Head, &usize)| {
+            let (_, cut) = self.truncation(head, len);
+            cut.unpacked.is_empty().then_some([cut.packed.keys, cut.packed.values])
+        };
+        heads.zip(lens).map(after).collect()
+    }
+
+    /// Returns the number of slots that the first `len` entries of a head leave, with the holes
+    /// before the first dropped entry, and the effect.
+    fn truncation(&self, head: &Head, len: usize) -> (usize, Truncation) {
+        if len == head.len() {
+            return (head.slots, head.unchanged());
+        }
+        let slots = match len {
+            0 => 0,
+            _ => head.valid.slots_of(std::iter::once(len)).next().unwrap_or(head.slots),
+        };
+        (slots, head.truncated(self.device_format, self.layout.group(), slots))
+    }
+
+    /// As [`Pool::truncate_heads`](crate::Pool::truncate_heads). If a record of keys along tokens is divided,
     /// its entries return to the ring with their quantized values, in the ring's dtype. A record of
     /// tokens that are packed one by one keeps its codes and gets holes.
-    pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
-        self.check_truncate(seq, len)?;
-        let (format, group) = (self.device_format, self.layout.group());
-        let truncation = |head: &Head| {
-            let last = len.checked_sub(1).map(std::iter::once);
-            let slots = last.and_then(|last| head.valid.slots_of(last).next());
-            let slots = slots.map_or(0, |slot| slot + 1);
-            (slots, head.truncated(format, group, slots))
-        };
-        let truncations: Vec<_> = self.sequence(seq)?.heads.iter().map(truncation).collect();
+    pub fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        self.check_truncate_heads(seq, lens)?;
+        let group = self.layout.group();
+        let heads = self.sequence(seq)?.heads.iter().zip(lens);
+        let truncations: Vec<_> = heads.map(|(head, &len)| self.truncation(head, len)).collect();
         let unpack = |(kv_head, (_, truncation)): (usize, &(usize, Truncation))| {
             self.unpack_to_ring(seq, kv_head, truncation)
         };

@@ -45,6 +45,16 @@ impl CudaHalf {
         device.same_device(&Device::Cuda(self.device.clone()))
     }
 
+    /// Nothing is packed.
+    pub fn packed(&self, _: SeqId) -> Vec<[usize; 2]> {
+        Vec::new()
+    }
+
+    /// Nothing is packed.
+    pub fn packed_after(&self, _: SeqId, _: &[usize]) -> Option<Vec<[usize; 2]>> {
+        Some(Vec::new())
+    }
+
     pub fn check_append(&self, batch: &Batch) -> Result<()> {
         if self.store.can_append(batch) {
             return Ok(());

@@ -65,6 +65,11 @@ impl Head {
         self.slots - self.packed.values
     }
 
+    /// Returns the effect of a truncation that drops nothing.
+    pub fn unchanged(&self) -> Truncation {
+        Truncation { packed: self.packed, unpacked: 0..0, ring_from: self.ring_from }
+    }
+
     /// Returns the effect of a truncation to `slots` slots.
     ///
     /// With a rolling flush, groups that are still in the ring return to full precision. If a
