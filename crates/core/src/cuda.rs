@@ -6,7 +6,8 @@ mod plan_memory;
 
 use std::sync::{Arc, OnceLock};
 
-pub use after_step::{AfterStep, after_step};
+pub use after_step::after_step;
+pub(crate) use after_step::{AfterStep, evict_after_step};
 pub use graphs::{DecodeGraphs, Forward};
 pub use plan_memory::{PlanLaunch, PlanMemory};
 

@@ -7,7 +7,7 @@ pub use plan::Plan;
 use std::sync::Arc;
 
 use crate::{Error, Half, PAGE, Result};
-use longctx_cuda::cudarc::driver::{CudaContext, CudaStream};
+use longctx_cuda::cudarc::driver::{CudaContext, CudaStream, DeviceRepr};
 use longctx_cuda::{Image, Kernel, compute_capability, multiprocessors};
 
 static IMAGE: Image = longctx_cuda::image!("paged");
@@ -26,6 +26,8 @@ const MOVE_PIECES: usize = 2;
 /// Must equal the constants in kernels/paged/evict.cuh.
 const EVICT_THREADS: u32 = 512;
 const EVICT_BLOCKS: usize = 8;
+/// Must equal the constant in kernels/paged/args.cuh.
+const EVICT_LAYERS: usize = 32;
 
 longctx_cuda::args! {
     /// One thread block's share of a kv head's entries, for a few columns. Column c is query `c %
@@ -292,7 +294,7 @@ longctx_cuda::args! {
 
 longctx_cuda::args! {
     /// The arguments of [`evict`], with the same layout as in the kernel.
-    pub struct EvictArgs: 48, heads at 32 {
+    pub struct EvictArgs: 56, heads at 32 {
         /// See [`AttendArgs::scores`].
         pub scores: u64,
         /// See [`AttendArgs::lse`].
@@ -309,8 +311,20 @@ longctx_cuda::args! {
         pub scores_row: i32,
         /// Pieces of 16 bytes in a row.
         pub pieces: i32,
+        /// Number of rows.
+        pub count: i32,
+        /// Padding.
+        pub unused: i32,
     }
 }
+
+/// The evictions of several layers: the kernel's argument.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct EvictLayers([EvictArgs; EVICT_LAYERS]);
+
+// SAFETY: an array of the kernel's structs.
+unsafe impl DeviceRepr for EvictLayers {}
 
 fn name(half: Half) -> &'static str {
     match half {
@@ -469,16 +483,22 @@ pub fn evicts(context: &CudaContext) -> Result<bool> {
 }
 
 /// Drops the entry with the lowest score of each kv head, the newest of equal ones, and moves the
-/// later entries one place forward. `count`: number of [`EvictRow`]s. Their tables share no block.
+/// later entries one place forward. The tables of a launch share no block. One launch has the
+/// evictions of up to 32 layers: those of a single one do not fill the device.
 ///
 /// # Errors
 /// An error of the CUDA driver, also if the device lacks the [kernel](evicts).
 ///
 /// # Safety
 /// As [`attend`].
-pub unsafe fn evict(stream: &Arc<CudaStream>, args: &EvictArgs, count: usize) -> Result<()> {
+pub unsafe fn evict(stream: &Arc<CudaStream>, layers: &[EvictArgs]) -> Result<()> {
     let kernel = IMAGE.kernel(stream.context(), "paged_evict", EVICT_THREADS, 0)?;
-    // SAFETY: the caller guarantees the addresses.
-    unsafe { kernel.launch(stream, [EVICT_BLOCKS * count, 1, 1], args) }?;
+    for layers in layers.chunks(EVICT_LAYERS) {
+        let mut args = EvictLayers([EvictArgs::default(); EVICT_LAYERS]);
+        args.0[..layers.len()].copy_from_slice(layers);
+        let rows = layers.iter().map(|of| of.count.max(0) as usize).max().unwrap_or(0);
+        // SAFETY: the caller guarantees the addresses.
+        unsafe { kernel.launch(stream, [EVICT_BLOCKS * rows, layers.len(), 1], &args) }?;
+    }
     Ok(())
 }

@@ -2,11 +2,12 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{Batch, Result};
 use longctx_cuda::cudarc::driver::CudaStream;
 use longctx_cuda::cudarc::driver::result::stream::{self, StreamKind};
+use longctx_kernels::paged::{self, EvictArgs};
 
 type Launch = Box<dyn FnOnce(&Arc<CudaStream>) -> Result<()> + Send>;
 
@@ -14,17 +15,30 @@ type Launch = Box<dyn FnOnce(&Arc<CudaStream>) -> Result<()> + Send>;
 /// evictions. Those of a single layer do not fill the device, so they run at the end of the step,
 /// several at a time.
 #[derive(Default)]
-pub struct AfterStep {
-    launches: Mutex<Vec<Launch>>,
+pub(crate) struct AfterStep {
+    work: Mutex<Work>,
+}
+
+#[derive(Default)]
+struct Work {
+    launches: Vec<Launch>,
+    /// Evictions of one entry per head, which share a launch.
+    evictions: Vec<EvictArgs>,
 }
 
 impl AfterStep {
-    fn push(&self, launch: Launch) {
-        self.launches.lock().unwrap_or_else(PoisonError::into_inner).push(launch);
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take(&self) -> Vec<Launch> {
-        std::mem::take(&mut *self.launches.lock().unwrap_or_else(PoisonError::into_inner))
+        let Work { mut launches, evictions } = std::mem::take(&mut *self.work());
+        if !evictions.is_empty() {
+            // SAFETY: the caller of `evict_after_step` guarantees the addresses.
+            let launch = move |on: &_| Ok(unsafe { paged::evict(on, &evictions) }?);
+            launches.push(Box::new(launch));
+        }
+        launches
     }
 }
 
@@ -35,7 +49,8 @@ impl fmt::Debug for AfterStep {
 }
 
 /// Calls `launch` at the end of the batch's step, with a stream that has waited for all other work of
-/// the step. If the batch has no [`AfterStep`], calls it now, with the stream `main`.
+/// the step. If the batch is not one of [`DecodeGraphs`](super::DecodeGraphs), calls it now, with the
+/// stream `main`.
 ///
 /// # Errors
 /// Those of `launch`, if it is called now.
@@ -46,11 +61,31 @@ pub fn after_step(
 ) -> Result<()> {
     match batch.after_step() {
         Some(after) => {
-            after.push(Box::new(launch));
+            after.work().launches.push(Box::new(launch));
             Ok(())
         }
         None => launch(main),
     }
+}
+
+/// Like [`after_step`], for an eviction of one entry per head.
+///
+/// # Errors
+/// Those of [`paged::evict`], if it is called now.
+///
+/// # Safety
+/// As [`paged::evict`], at the end of the batch's step.
+pub unsafe fn evict_after_step(
+    batch: &Batch,
+    main: &Arc<CudaStream>,
+    args: EvictArgs,
+) -> Result<()> {
+    match batch.after_step() {
+        Some(after) => after.work().evictions.push(args),
+        // SAFETY: guaranteed by the caller.
+        None => unsafe { paged::evict(main, &[args]) }?,
+    }
+    Ok(())
 }
 
 /// Launches of this many layers run at a time.

@@ -133,6 +133,14 @@ struct EvictArgs {
     int heads, heads_per_kv;
     int scores_row;
     int pieces;  // pieces of 16 bytes in a row
+    int count;   // number of rows
+    int unused;
+};
+
+// The evictions of several layers.
+constexpr int EVICT_LAYERS = 32;
+struct EvictLayers {
+    EvictArgs layers[EVICT_LAYERS];
 };
 
 static_assert(sizeof(AttendWork) == 64 && offsetof(AttendWork, len) == 12, "as in src/paged.rs");
@@ -142,4 +150,4 @@ static_assert(sizeof(SumsArgs) == 56 && offsetof(SumsArgs, heads) == 32 && offse
 static_assert(sizeof(AppendRow) == 48 && offsetof(AppendRow, first) == 24, "as in src/paged.rs");
 static_assert(sizeof(AppendArgs) == 80 && offsetof(AppendArgs, k_token) == 40 && offsetof(AppendArgs, pieces) == 72, "as in src/paged.rs");
 static_assert(sizeof(MoveRow) == 40 && offsetof(MoveRow, first) == 24 && sizeof(MoveArgs) == 16, "as in src/paged.rs");
-static_assert(sizeof(EvictRow) == 80 && offsetof(EvictRow, table) == 32 && sizeof(EvictArgs) == 48 && offsetof(EvictArgs, heads) == 32, "as in src/paged.rs");
+static_assert(sizeof(EvictRow) == 80 && offsetof(EvictRow, table) == 32 && sizeof(EvictArgs) == 56 && offsetof(EvictArgs, heads) == 32, "as in src/paged.rs");

@@ -66,8 +66,9 @@ __device__ __forceinline__ void move_forward(const EvictArgs& a, const EvictRow&
     }
 }
 
-// Grid: EVICT_BLOCKS for each row.
+// Grid: (EVICT_BLOCKS for each row of the layer with the most rows, layers).
 __device__ __forceinline__ void evict(const EvictArgs& a) {
+    if (blockIdx.x / EVICT_BLOCKS >= a.count) return;
     __shared__ unsigned long long of_warps[EVICT_THREADS / 32], of_blocks[EVICT_BLOCKS];
     const auto cluster = cooperative_groups::this_cluster();
     auto started = cluster.barrier_arrive();

@@ -3,7 +3,7 @@
 use super::CudaPool;
 use super::decode::{Outputs, Scores};
 use super::prepared::Prepared;
-use crate::cuda::{address, after_step};
+use crate::cuda::{address, evict_after_step};
 use crate::{Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::{bytes_of, upload};
@@ -57,10 +57,9 @@ impl CudaPool {
             let missing = || Error::Unsupported("an eviction in a step prepared without".into());
             let lists = prepared.evict.ok_or_else(missing)?;
             self.launch_decode(batch, &q, Mask::Causal, lists.outputs(&out))?;
-            let args = self.evict_args(lists, prepared.tables);
+            let args = self.evict_args(lists, prepared.tables, prepared.heads);
             // SAFETY: as below. The lists and the scores are those of this layer and step.
-            let launch = move |on: &_| Ok(unsafe { paged::evict(on, &args, prepared.heads) }?);
-            after_step(batch, &main, launch)?;
+            unsafe { evict_after_step(batch, &main, args) }?;
             return Ok((out, Vec::new()));
         }
         let (rows, kept) = self.evict_rows(batch, evictions)?;
@@ -75,7 +74,7 @@ impl CudaPool {
         self.launch_decode(batch, &q, Mask::Causal, lists.outputs(&out))?;
         // SAFETY: the arrays have these sizes, the tables name blocks that only their sequence has,
         // and the stream frees no memory before the launch has used it.
-        unsafe { paged::evict(&main, &self.evict_args(lists, tables.address()), rows.len()) }?;
+        unsafe { paged::evict(&main, &[self.evict_args(lists, tables.address(), rows.len())]) }?;
         self.drop_one(batch);
         Ok((out, kept))
     }
@@ -204,7 +203,8 @@ impl CudaPool {
         })
     }
 
-    fn evict_args(&self, lists: EvictLists, tables: u64) -> paged::EvictArgs {
+    /// Returns the arguments of an eviction from `heads` kv heads.
+    fn evict_args(&self, lists: EvictLists, tables: u64, heads: usize) -> paged::EvictArgs {
         paged::EvictArgs {
             scores: lists.scores.address,
             lse: lists.lse,
@@ -214,6 +214,8 @@ impl CudaPool {
             heads_per_kv: self.shape.heads_per_kv() as i32,
             scores_row: lists.scores.row as i32,
             pieces: (self.shape.head_dim / 8) as i32,
+            count: heads as i32,
+            unused: 0,
         }
     }
 
