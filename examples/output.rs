@@ -39,8 +39,7 @@ pub fn number<const MIN: usize, const MAX: usize>(text: &str) -> Result<usize, S
     text.parse().ok().filter(fits).ok_or_else(|| format!("expected {MIN} to {MAX}"))
 }
 
-/// Returns a parser of a number of the command line that is within a range, which neither NaN nor,
-/// with finite ends, an infinity is.
+/// Returns a parser of a number of the command line that is within a range. NaN is in no range.
 pub fn within(range: RangeInclusive<f64>) -> impl Fn(&str) -> Result<f64, String> + Clone {
     move |text| {
         let fits = |number: &f64| range.contains(number);

@@ -159,11 +159,12 @@ impl Transformer {
         let head = head.as_ref().unwrap_or(embedding);
         for (index, (layer, cache)) in layers.iter().zip(caches).enumerate() {
             let next = match layers.get(index + 1) {
+                _ if !few => None,
                 Some(next) => next.projection(),
                 None if selected => None,
                 None => head.dense().map(|weight| Projection { norm, weight }),
             };
-            input = layer.forward(input, next.filter(|_| few), cache.as_mut(), batch)?;
+            input = layer.forward(input, next, cache.as_mut(), batch)?;
         }
         let x = match input {
             LayerInput::Projected(_, logits) => logits,

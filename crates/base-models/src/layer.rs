@@ -84,8 +84,8 @@ impl Layer {
         })
     }
 
-    /// Runs the layer on the tokens of all sequences of the batch. With `next`, the projection after
-    /// the layer, it is computed too if a single launch can.
+    /// Runs the layer on the tokens of all sequences of the batch. `next`: the projection after the
+    /// layer, which is computed too if [`PostAttention`] covers the layer.
     pub fn forward(
         &self,
         input: LayerInput,
@@ -264,7 +264,7 @@ impl Attention {
     fn project(&self, layer: &Layer, input: LayerInput) -> Result<(Tensor, [Tensor; 3])> {
         let head_dim = layer.shape.head_dim;
         let (x, projected) = match input {
-            LayerInput::Projected(x, projected) => (x, self.qkv.split_heads(&projected, head_dim)?),
+            LayerInput::Projected(x, projected) => (x, self.qkv.finish_heads(projected, head_dim)?),
             input => {
                 let (x, normed) = layer.norm_input(input)?;
                 (x, self.qkv.forward_heads(&normed, head_dim)?)

@@ -150,38 +150,38 @@ impl FusedLinear {
     /// Maps `x` `[tokens, in]` to one `[tokens, heads, head_dim]` per map. With a single product
     /// these are views.
     pub fn forward_heads(&self, x: &Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
-        if let Some(one) = self.single() {
-            return self.split_heads(&one.weight.forward(x)?, head_dim);
+        match self.single() {
+            Some(one) => self.finish_heads(one.weight.forward(x)?, head_dim),
+            None => self.maps.iter().map(|map| heads(map.forward(x)?, head_dim)).collect(),
         }
-        self.maps.iter().map(|map| heads(map.forward(x)?, head_dim)).collect()
     }
 
-    /// Adds the bias to the product `[tokens, out]` of the single map's matrix, and returns views
-    /// `[tokens, heads, head_dim]` of each part.
-    pub fn split_heads(&self, product: &Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
-        let y = heads(self.maps[0].add_bias(product.clone())?, head_dim)?;
-        let mut start = 0;
-        let mut outputs = Vec::new();
-        for &size in &self.sizes {
-            outputs.push(y.narrow(1, start, size / head_dim)?);
-            start += size / head_dim;
-        }
-        Ok(outputs)
+    /// As [`forward_heads`](Self::forward_heads), from the product `[tokens, out]` of `x` with the
+    /// matrix of the [single](Self::single) map.
+    pub fn finish_heads(&self, product: Tensor, head_dim: usize) -> Result<Vec<Tensor>> {
+        let y = match self.single() {
+            Some(one) => one.add_bias(product)?,
+            None => product,
+        };
+        self.parts(&heads(y, head_dim)?, D::Minus2, head_dim)
     }
 
     /// Maps `x` `[…, in]` to one `[…, out]` per map.
     pub fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
-        let Some(one) = self.single() else {
-            return self.maps.iter().map(|map| map.forward(x)).collect();
-        };
-        let y = one.forward(x)?;
-        let mut start = 0;
-        let mut outputs = Vec::new();
-        for &size in &self.sizes {
-            outputs.push(y.narrow(D::Minus1, start, size)?);
-            start += size;
+        match self.single() {
+            Some(one) => self.parts(&one.forward(x)?, D::Minus1, 1),
+            None => self.maps.iter().map(|map| map.forward(x)).collect(),
         }
-        Ok(outputs)
+    }
+
+    /// Returns views of the outputs of each map. An index along `dim` is `unit` outputs.
+    fn parts(&self, y: &Tensor, dim: D, unit: usize) -> Result<Vec<Tensor>> {
+        let mut start = 0;
+        let part = |&size: &usize| -> Result<Tensor> {
+            start += size / unit;
+            Ok(y.narrow(dim, start - size / unit, size / unit)?)
+        };
+        self.sizes.iter().map(part).collect()
     }
 }
 

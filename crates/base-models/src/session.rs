@@ -118,6 +118,15 @@ impl Session {
 
     /// Rolls all layers back to the tokens before a failed call.
     fn roll_back(&mut self, batch: &Batch, error: &Error) {
+        #[cfg(feature = "cuda")]
+        if self.graphs.as_mut().is_some_and(DecodeGraphs::take_incomplete) {
+            for seq in batch.seqs() {
+                if let Some(sequence) = self.sequences.get_mut(seq) {
+                    sequence.poisoned = Some(format!("{error}; a layer may lack an entry"));
+                }
+            }
+            return;
+        }
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
                 self.caches.remove(seq);

@@ -42,7 +42,8 @@ fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let ((rows, inner), out) = (x.dims2()?, w.dim(0)?);
-    let fits = |x: &Tensor| half_of(x) == Some(half) && is_aligned(x);
+    let here = w.device().same_device(x.device());
+    let fits = |x: &Tensor| half_of(x) == Some(half) && is_aligned(x) && here;
     if !(1..=MAX_ROWS).contains(&rows) || !inner.is_multiple_of(8) || !fits(x) || !fits(w) {
         return Ok(None);
     }

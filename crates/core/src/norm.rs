@@ -67,7 +67,10 @@ fn on_cuda(
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let (rows, channels) = x.dims2()?;
     let all = [Some(x), y, Some(weights)];
-    let fits = |x: &&Tensor| half_of(x) == Some(half) && is_aligned(x);
+    let device_of = x.device();
+    let fits = |x: &&Tensor| {
+        half_of(x) == Some(half) && is_aligned(x) && x.device().same_device(device_of)
+    };
     if !all.iter().flatten().all(fits) || !channels.is_multiple_of(8) || rows == 0 {
         return Ok(None);
     }

@@ -138,7 +138,10 @@ impl PostAttention<'_> {
             ..Default::default()
         };
         let stream = device.cuda_stream();
-        let fits = |x: &&Tensor| half_of(x) == Some(half) && is_aligned(x);
+        let fits = |x: &&Tensor| {
+            let here = x.device().same_device(residual.device());
+            half_of(x) == Some(half) && is_aligned(x) && here
+        };
         if !inputs.iter().all(fits) || !has_post_attention(stream.context(), &of_sizes)? {
             return Ok(None);
         }

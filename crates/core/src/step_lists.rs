@@ -16,8 +16,8 @@ pub trait PreparedDecode {
     /// kernels read. All sequences have tokens.
     ///
     /// # Errors
-    /// [`Error::PoolFull`](crate::Error::PoolFull), and errors of the driver. The cache has not
-    /// changed then.
+    /// [`Error::PoolFull`](crate::Error::PoolFull), and errors of the driver. The batch's sequences
+    /// are as before then, or poisoned.
     fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()>;
 }
 

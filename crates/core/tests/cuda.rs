@@ -10,11 +10,13 @@ use candle_core::cuda::cudarc::driver::{CudaContext, DevicePtr};
 use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use half::f16;
+use longctx_core::cuda::DecodeGraphs;
 use longctx_core::{
-    AttentionShape, AttentionState, Batch, DenseCache, Greedy, KvCache, LayerSpec, Mask,
+    AttentionShape, AttentionState, Batch, DenseCache, Error, Greedy, KvCache, LayerSpec, Mask,
     PostAttention, Rope, RopeScaling, SeqId, Step, add_rms_norm, attention, linear, silu_mul,
 };
-use longctx_kernels::{Half, PAGE, PrefillArgs, prefill};
+use longctx_cuda::compute_capability;
+use longctx_kernels::{Half, PAGE, PostAttentionArgs, PrefillArgs, has_post_attention, prefill};
 
 #[test]
 fn caches_attend_as_on_the_cpu() {
@@ -239,7 +241,7 @@ fn one_launch_between_attentions_equals_separate_ones() {
         return;
     };
     // Sizes of attention, the residual stream, the feed-forward block and the next projection. In
-    // the last case the shared memory is too small for the kernel.
+    // the last case there is enough shared memory for one token only.
     let cases =
         [(64, 72, 200, 33), (2048, 1024, 3072, 4096), (576, 576, 1536, 960), (8, 8, 60_000, 8)];
     for ((attention, hidden, inner, next), dtype) in
@@ -250,10 +252,10 @@ fn one_launch_between_attentions_equals_separate_ones() {
             (x * scale).unwrap().to_dtype(dtype).unwrap().to_device(&device).unwrap()
         };
         let weight = |out: usize, inner: usize| make(out, inner, 1.0 / (inner as f64).sqrt());
-        let norm = |_| make(1, hidden, 1.0).flatten_all().unwrap();
+        let norm = || make(1, hidden, 1.0).flatten_all().unwrap();
         let (output, gate_up, down) =
             (weight(hidden, attention), weight(2 * inner, hidden), weight(hidden, inner));
-        let (norm, next_norm, next) = (norm(0), norm(1), weight(next, hidden));
+        let (norm, next_norm, next) = (norm(), norm(), weight(next, hidden));
         let weights = PostAttention {
             output: &output,
             norm: &norm,
@@ -282,6 +284,57 @@ fn one_launch_between_attentions_equals_separate_ones() {
             assert_eq!(numbers(&y), numbers(&want), "{what}: the projection");
         }
     }
+}
+
+#[test]
+fn devices_with_bulk_copies_have_the_kernel_between_attentions() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let stream = device.as_cuda_device().unwrap().cuda_stream();
+    let context = stream.context();
+    let args = PostAttentionArgs {
+        attention_size: 4096,
+        hidden: 4096,
+        inner: 14_336,
+        next_size: 6144,
+        ..Default::default()
+    };
+    let has = |rows| has_post_attention(context, &PostAttentionArgs { rows, ..args }).unwrap();
+    let expected = compute_capability(context).unwrap() >= (9, 0);
+    assert_eq!([0, 1, 4, 5].map(has), [false, expected, expected, false]);
+    let wide = PostAttentionArgs { inner: 60_000, rows: 2, ..args };
+    assert!(!has_post_attention(context, &wide).unwrap());
+}
+
+/// After a failed step the caches have counted tokens whose entries may be missing.
+#[test]
+fn a_prepared_step_that_fails_is_incomplete() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let rope = Arc::new(Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap());
+    let cache = DenseCache::new(LayerSpec::new(shape).with_rope(rope), DType::F16).unwrap();
+    let mut caches: Vec<Box<dyn KvCache>> = vec![Box::new(cache)];
+    let x = |tokens, heads| random(tokens, heads, 64, DType::F16).to_device(&device).unwrap();
+    let attend = |caches: &mut [Box<dyn KvCache>], batch: &Batch| {
+        let (q, k, v) = (x(batch.tokens(), 4), x(batch.tokens(), 2), x(batch.tokens(), 2));
+        caches[0].attend(&Step { batch, q: &q, k: &k, v: &v })
+    };
+    attend(&mut caches, &Batch::single(0, 5).unwrap()).unwrap();
+    let batch = Batch::decode(&[0]).unwrap();
+    let mut graphs = DecodeGraphs::new(&device, 8).unwrap();
+    let done =
+        graphs.step(&batch, &[7], &mut caches, &[], &mut |caches, batch, _| attend(caches, batch));
+    assert!(done.is_ok() && !graphs.take_incomplete());
+    let fails = &mut |_: &mut [Box<dyn KvCache>], _: &Batch, _: &Tensor| {
+        Err(Error::Unsupported("a test".into()))
+    };
+    assert!(graphs.step(&batch, &[7], &mut caches, &[], fails).is_err());
+    assert!(graphs.take_incomplete() && !graphs.take_incomplete());
 }
 
 #[test]

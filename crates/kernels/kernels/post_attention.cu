@@ -106,7 +106,7 @@ __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int first_unit() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
 __device__ __forceinline__ int unit_step() { return gridDim.x * WARPS; }
 
-// Weights of a unit.
+// Up to CHUNK columns of a unit's two rows.
 struct Chunk {
     uint4 rows[2][CHUNK / 8];
 };
@@ -224,7 +224,7 @@ struct Input {
     }
 
     template <Step STEP>
-    __device__ __forceinline__ void of_step(const PostAttentionArgs& a, int inner) const {
+    __device__ __forceinline__ void prepare(const PostAttentionArgs& a, int inner) const {
         load(STEP == OUTPUT ? a.attention : STEP == GATE_UP ? a.middle : STEP == DOWN ? a.gated : a.sum, a.rows * inner / 8);
         __syncthreads();
         if constexpr (STEP == GATE_UP || STEP == NEXT)
@@ -287,7 +287,7 @@ __device__ __forceinline__ void store(const PostAttentionArgs& a, const Product&
 template <class Pair, class One, int COUNT, Step STEP>
 __device__ __forceinline__ void run(const PostAttentionArgs& a, const Input<Pair>& input, Ring& ring) {
     const Product p(a, STEP);
-    input.template of_step<STEP>(a, p.inner);
+    input.template prepare<STEP>(a, p.inner);
     for (int unit = first_unit(); unit < p.units(); unit += unit_step()) {
         float sums[COUNT][2] = {};
         for (int column = 0; column < p.inner; column += CHUNK) {

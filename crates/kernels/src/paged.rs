@@ -311,7 +311,7 @@ longctx_cuda::args! {
         pub scores_row: i32,
         /// Pieces of 16 bytes in a row.
         pub pieces: i32,
-        /// Number of rows.
+        /// Number of [`EvictRow`]s at `rows`.
         pub count: i32,
         /// Padding.
         pub unused: i32,
@@ -483,8 +483,8 @@ pub fn evicts(context: &CudaContext) -> Result<bool> {
 }
 
 /// Drops the entry with the lowest score of each kv head, the newest of equal ones, and moves the
-/// later entries one place forward. The tables of a launch share no block. One launch has the
-/// evictions of up to 32 layers: those of a single one do not fill the device.
+/// later entries one place forward. `layers`: the evictions of each layer. No two tables share a
+/// block. A launch takes up to 32 layers, because the rows of one layer do not fill the device.
 ///
 /// # Errors
 /// An error of the CUDA driver, also if the device lacks the [kernel](evicts).

@@ -13,8 +13,8 @@ const THREADS: u32 = 512;
 const WARPS: usize = THREADS as usize / 32;
 /// Bytes of a chunk of weights and of its barrier.
 const CHUNK_BYTES: usize = 2 * 512 * 2 + 8;
-/// Bytes of static shared memory.
-const STATIC_BYTES: usize = 4 * WARPS;
+/// Bytes of static shared memory, up to the alignment of the dynamic part.
+const STATIC_BYTES: usize = 128;
 /// More chunks in each warp's ring do not make the kernel faster.
 const MAX_STAGES: usize = 6;
 /// With fewer chunks, separate launches are faster.
@@ -73,14 +73,8 @@ longctx_cuda::args! {
 ///
 /// # Errors
 /// An error of the CUDA driver.
-pub fn has_post_attention(context: &Arc<CudaContext>, args: &PostAttentionArgs) -> Result<bool> {
-    let rows = args.rows.max(0) as usize;
-    let sizes = [args.attention_size, args.hidden, args.inner];
-    let fits = sizes.iter().all(|&n| n > 0 && n % 8 == 0) && args.next_size > 0;
-    Ok(fits
-        && (1..=MAX_ROWS).contains(&rows)
-        && compute_capability(context)? >= (9, 0)
-        && stages(context, args)? >= MIN_STAGES)
+pub fn has_post_attention(context: &CudaContext, args: &PostAttentionArgs) -> Result<bool> {
+    Ok(stages(context, args)?.is_some())
 }
 
 /// Bytes of the input of the widest product.
@@ -89,11 +83,19 @@ fn input_bytes(args: &PostAttentionArgs) -> usize {
     2 * args.rows as usize * widest as usize
 }
 
-/// Returns the number of chunks in a warp's ring for which there is shared memory.
-fn stages(context: &CudaContext, args: &PostAttentionArgs) -> Result<usize> {
+/// Returns the number of chunks in a warp's ring for which there is shared memory; `None` if the
+/// kernel does not support the device or the sizes.
+fn stages(context: &CudaContext, args: &PostAttentionArgs) -> Result<Option<usize>> {
+    let sizes = [args.attention_size, args.hidden, args.inner];
+    let fits = sizes.iter().all(|&n| n > 0 && n % 8 == 0)
+        && args.next_size > 0
+        && (1..=MAX_ROWS as i32).contains(&args.rows);
+    if !fits || compute_capability(context)? < (9, 0) {
+        return Ok(None);
+    }
     let free = max_shared_bytes(context)? as usize;
-    Ok((free.saturating_sub(STATIC_BYTES + input_bytes(args)) / (WARPS * CHUNK_BYTES))
-        .min(MAX_STAGES))
+    let stages = free.saturating_sub(STATIC_BYTES + input_bytes(args)) / (WARPS * CHUNK_BYTES);
+    Ok((stages >= MIN_STAGES).then_some(stages.min(MAX_STAGES)))
 }
 
 /// Launches `middle = residual + attention outputᵀ`, `h = norm(middle)`,
@@ -116,16 +118,15 @@ pub unsafe fn post_attention(
     args: &PostAttentionArgs,
 ) -> Result<()> {
     let context = stream.context();
-    if !has_post_attention(context, args)? {
+    let Some(stages) = stages(context, args)? else {
         return Err(Error::Unsupported(format!("the kernel post_attention for {args:?}")));
-    }
+    };
     let inputs = [args.attention, args.residual, args.output, args.norm, args.gate_up, args.down];
     let others = [args.next_norm, args.next, args.middle, args.gated, args.sum, args.y];
     if inputs.iter().chain(&others).any(|address| address % 16 != 0) {
         let got = format!("{args:?}");
         return Err(Error::mismatch("addresses", "multiples of 16 bytes", got));
     }
-    let stages = stages(context, args)?;
     let shared = (WARPS * stages * CHUNK_BYTES + input_bytes(args)) as u32;
     let kind = if half == Half::F16 { "f16" } else { "bf16" };
     let name = format!("post_attention_{kind}_r{}", (args.rows as usize).next_power_of_two());

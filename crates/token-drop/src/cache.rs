@@ -14,7 +14,7 @@ use crate::{
     Settings,
     metadata::EntryMetadata,
     sequences::{Sequence, Sequences},
-    storage::check_store,
+    storage::{check_store, marks},
 };
 use candle_core::Tensor;
 use longctx_core::{
@@ -280,7 +280,8 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         }
         let only_appends = self.only_appends(step.batch);
         let evicts_one = !only_appends && self.evicts_one(step.batch);
-        let marks = self.begin(step.batch);
+        let marks = marks(&self.store, step.batch);
+        self.add_tokens(step.batch);
         let out = match (only_appends, evicts_one) {
             (true, _) => self.append_and_attend(step),
             (_, true) => self.attend_and_evict_one(step),
@@ -295,7 +296,8 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
         if self.needs_lse() {
             crate::storage::check_lse(step, lse, &self.spec)?;
         }
-        let marks = self.begin(step.batch);
+        let marks = marks(&self.store, step.batch);
+        self.add_tokens(step.batch);
         self.append_attended(step, lse).map_err(|error| self.roll_back(step.batch, &marks, error))
     }
 

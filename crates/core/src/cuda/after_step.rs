@@ -52,6 +52,10 @@ impl fmt::Debug for AfterStep {
 /// the step. If the batch is not one of [`DecodeGraphs`](super::DecodeGraphs), calls it now, with the
 /// stream `main`.
 ///
+/// The launch may use only memory that lives until the end of the step: the step's lists, its
+/// reserved memory, and the cache's own memory. Tensors that are made during the step may be freed
+/// before the launch, and later layers overwrite the workspace.
+///
 /// # Errors
 /// Those of `launch`, if it is called now.
 pub fn after_step(
@@ -124,13 +128,19 @@ impl SideStreams {
         Ok(done)
     }
 
+    /// Makes every launch, also after one has failed.
     fn finish(&self, launches: Vec<Launch>) -> Result<()> {
         let used = &self.streams[..launches.len().min(self.streams.len())];
-        used.iter().try_for_each(|stream| stream.join(&self.main))?;
-        let launched: Result<Vec<()>> =
-            launches.into_iter().zip(used.iter().cycle()).map(|(launch, on)| launch(on)).collect();
-        used.iter().try_for_each(|stream| self.main.join(stream))?;
-        launched.map(drop)
+        let mut done = Ok(());
+        let mut note = |result: Result<()>| {
+            if done.is_ok() {
+                done = result;
+            }
+        };
+        used.iter().for_each(|stream| note(stream.join(&self.main).map_err(Into::into)));
+        launches.into_iter().zip(used.iter().cycle()).for_each(|(launch, on)| note(launch(on)));
+        used.iter().for_each(|stream| note(self.main.join(stream).map_err(Into::into)));
+        done
     }
 }
 

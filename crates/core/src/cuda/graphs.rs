@@ -38,6 +38,7 @@ pub struct DecodeGraphs {
     graphs: BTreeMap<usize, Graph>,
     steps: u64,
     replayed: u64,
+    incomplete: bool,
 }
 
 /// The graph of a number of sequences.
@@ -94,12 +95,20 @@ impl DecodeGraphs {
             graphs: BTreeMap::new(),
             steps: 0,
             replayed: 0,
+            incomplete: false,
         })
     }
 
     /// Returns the number of steps that were replayed.
     pub fn replayed(&self) -> u64 {
         self.replayed
+    }
+
+    /// Returns whether the last step failed after the caches had counted its tokens, and forgets
+    /// it. Entries of its sequences may be missing then, so the caller must remove or poison them;
+    /// truncating them does not suffice.
+    pub fn take_incomplete(&mut self) -> bool {
+        std::mem::take(&mut self.incomplete)
     }
 
     /// Runs a decode step of sequences that have tokens, and returns its logits. `states`: device
@@ -109,7 +118,8 @@ impl DecodeGraphs {
     /// steps](KvCache::prepared_decode) or no memory, or if `forward` cannot be captured.
     ///
     /// # Errors
-    /// Those of `forward` and of the caches. Some of the caches may have advanced then.
+    /// Those of `forward` and of the caches. Some of the caches may have advanced then; see
+    /// [`take_incomplete`](Self::take_incomplete).
     pub fn step(
         &mut self,
         batch: &Batch,
@@ -118,6 +128,7 @@ impl DecodeGraphs {
         states: &[u64],
         forward: &mut Forward<'_>,
     ) -> Result<Tensor> {
+        self.incomplete = false;
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
         let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
@@ -128,8 +139,24 @@ impl DecodeGraphs {
         let Some(layers) = layers else {
             return forward(caches, batch, &ids_on(&self.device)?);
         };
+        self.incomplete = true;
         let memory = self.prepare(batch, ids, layers, states)?;
-        let batch = batch.with_prepared(memory);
+        let logits = self.run(&batch.with_prepared(memory), ids, memory, caches, forward)?;
+        self.incomplete = false;
+        Ok(logits)
+    }
+
+    /// Runs a prepared step.
+    fn run(
+        &mut self,
+        batch: &Batch,
+        ids: &[u32],
+        memory: PreparedStep,
+        caches: &mut [Box<dyn KvCache>],
+        forward: &mut Forward<'_>,
+    ) -> Result<Tensor> {
+        let seqs = batch.seqs().len();
+        let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
         self.steps += 1;
         let known = self.graphs.get_mut(&seqs);
         let equal = |of: &&mut Graph| of.memory == memory && of.layout == self.lists.layout();
@@ -137,7 +164,7 @@ impl DecodeGraphs {
             let ids = ids_on(&self.device)?;
             // Shapes and strides that candle copies to the device are kept for the capture.
             let _kept = self.device.enable_cuda_graph_htod_cache();
-            let logits = self.side.run(&batch, |batch| forward(caches, batch, &ids))?;
+            let logits = self.side.run(batch, |batch| forward(caches, batch, &ids))?;
             let (last_used, layout) = (self.steps, self.lists.layout().to_vec());
             let state = State::Ready(logits.shape().clone(), logits.dtype());
             self.graphs.insert(seqs, Graph { last_used, layout, memory, state });
@@ -149,7 +176,7 @@ impl DecodeGraphs {
             let logits = Tensor::zeros(shape, *dtype, &Device::Cuda(self.device.clone()))?;
             let forward: &mut Forward<'_> =
                 &mut |caches, batch, ids| self.side.run(batch, |batch| forward(caches, batch, ids));
-            known.state = capture(&self.device, &batch, memory, caches, forward, logits)?;
+            known.state = capture(&self.device, batch, memory, caches, forward, logits)?;
         }
         match &known.state {
             State::Captured(step) => {
@@ -159,7 +186,7 @@ impl DecodeGraphs {
             }
             _ => {
                 let ids = ids_on(&self.device)?;
-                self.side.run(&batch, |batch| forward(caches, batch, &ids))
+                self.side.run(batch, |batch| forward(caches, batch, &ids))
             }
         }
     }

@@ -204,8 +204,8 @@ fn line(cells: &[String]) -> String {
     format!("| {} |\n", escaped.join(" | "))
 }
 
-/// Returns a cell's text, which can be the user's name of a setting, as one cell of a table: a
-/// backslash would undo the escape of a bar after it, and a new line ends the table.
+/// Escapes the text of a cell, which can be a name that the user chose. A backslash before a bar
+/// would undo the bar's escape. A new line would end the table.
 fn escaped(cell: &str) -> String {
     let one_line = cell.split(['\n', '\r']).collect::<Vec<_>>().join(" ");
     one_line.replace('\\', "\\\\").replace('|', "\\|")

@@ -390,6 +390,7 @@ impl KvStore for QuantStore {
             self.remove(seq);
             return Ok(());
         }
+        // `packed_after` needs lengths that have been checked.
         self.check_truncate_heads(seq, &mark.lens)?;
         let packed = on_pool!(&self.storage, pool => pool.packed_after(seq, &mark.lens));
         if packed.as_ref() != Some(&mark.packed) {

@@ -110,8 +110,8 @@ impl Pool {
 
 impl Head {
     fn cut(&self, format: &Format, len: usize) -> Cut {
-        // The cut is before the first dropped entry. Holes before it stay: they may be in a block
-        // that is packed, which the cut then does not divide.
+        // The cut is before the first dropped entry and keeps the holes before it. Dropping them could
+        // divide a packed block, which would then be unpacked.
         let slots = match len {
             _ if len == self.len => self.slots(),
             0 => 0,

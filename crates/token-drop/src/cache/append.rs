@@ -57,7 +57,7 @@ impl<S: KvStore, P: EvictionPolicy> PreparedDecode for PolicyCache<S, P> {
         lists.push_size(self.prepared.evicts.into());
         let marks = marks(&self.store, batch);
         self.store.prepare_decode(batch, lists)?;
-        self.begin(batch);
+        self.add_tokens(batch);
         if self.prepared.evicts {
             let done = self.prepare_evict(batch, lists);
             return done.map_err(|error| self.roll_back(batch, &marks, error));

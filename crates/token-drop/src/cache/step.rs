@@ -8,10 +8,10 @@ use super::score::CallTensors;
 use super::{PolicyCache, SeqState};
 use crate::{
     EvictionPolicy,
-    storage::{lse_with_sink_logits, marks, restore},
+    storage::{lse_with_sink_logits, restore},
     sub_batch::{SubBatch, assemble},
 };
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use longctx_core::{
     AttentionState, Batch, Error, KvStore, Mark, Mask, Result, Selection, SeqId, Step, attention,
 };
@@ -28,15 +28,13 @@ struct Planned {
 }
 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
-    /// Adds a call's tokens to the metadata of the entries. Returns marks of what the sequences held
-    /// before.
-    pub(super) fn begin(&mut self, batch: &Batch) -> Vec<Mark> {
+    /// Adds a call's tokens to the metadata of the entries.
+    pub(super) fn add_tokens(&mut self, batch: &Batch) {
         let kv_heads = self.spec.shape.kv_heads;
         for (seq, tokens) in batch.iter() {
             let sequence = self.sequences.begin(seq, || SeqState::new(kv_heads));
             sequence.state.metadata.add(sequence.seen..sequence.seen + tokens.len());
         }
-        marks(&self.store, batch)
     }
 
     /// Restores the state before a failed call. Sequences that cannot be restored are poisoned.
@@ -215,6 +213,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
         rewritten: &Rewritten,
     ) -> Result<()> {
         let (mut seqs, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        let dtype = step.k.dtype();
         for (seq, own) in step.batch.iter() {
             let (k, v, rows) = match rewritten.get(&seq) {
                 Some((k, v)) => (k, v, self.store.len(seq).min(k.dim(0)?)..k.dim(0)?),
@@ -222,8 +221,7 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
             };
             if !rows.is_empty() {
                 // Rewritten rows are in f32.
-                let rows_of =
-                    |x: &Tensor| x.narrow(0, rows.start, rows.len())?.to_dtype(DType::F32);
+                let rows_of = |x: &Tensor| x.narrow(0, rows.start, rows.len())?.to_dtype(dtype);
                 keys.push(rows_of(k)?);
                 values.push(rows_of(v)?);
                 seqs.push((seq, rows.len()));

@@ -61,9 +61,9 @@ impl CudaPool {
         (slots, head.truncated(self.device_format, self.layout.group(), slots))
     }
 
-    /// As [`Pool::truncate_heads`](crate::Pool::truncate_heads). If a record of keys along tokens is divided,
-    /// its entries return to the ring with their quantized values, in the ring's dtype. A record of
-    /// tokens that are packed one by one keeps its codes and gets holes.
+    /// As [`Pool::truncate_heads`](crate::Pool::truncate_heads). If a record of keys along tokens is
+    /// divided, its entries return to the ring with their quantized values, in the ring's dtype. A
+    /// record of tokens that are packed one by one keeps its codes and gets holes.
     pub fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()> {
         self.check_truncate_heads(seq, lens)?;
         let group = self.layout.group();

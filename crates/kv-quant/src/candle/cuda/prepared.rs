@@ -140,7 +140,8 @@ impl CudaPool {
         if records + tiles > 0 {
             let (kernels, args) = (self.kernels.clone(), FillArgs { rows: pack_rows, ..args });
             let sizes = (rows, records, tiles);
-            // SAFETY: as in `launch_fill`. The entries are in the rings, so `k` and `v` are not read.
+            // SAFETY: as in `launch_fill`. `first_new` of these rows is beyond every entry, so the
+            // kernel reads the rings, and not `k` and `v`, which may be freed before.
             let launch = move |on: &Arc<CudaStream>| Ok(unsafe { kernels.pack(on, &args, sizes) }?);
             after_step(batch, &self.stream(), launch)?;
         }
