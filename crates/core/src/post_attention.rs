@@ -49,14 +49,6 @@ pub struct PostAttention<'a> {
     pub eps: f32,
 }
 
-/// Sizes of the weights.
-struct Sizes {
-    attention: usize,
-    hidden: usize,
-    inner: usize,
-    next: usize,
-}
-
 impl PostAttention<'_> {
     /// Longer batches take separate products: a single launch would not be faster.
     pub const MAX_TOKENS: usize = 4;
@@ -68,22 +60,22 @@ impl PostAttention<'_> {
     /// # Errors
     /// [`Error::Mismatch`] if the shapes do not match; an error of candle or of the CUDA driver.
     pub fn forward(&self, attention: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
-        let sizes = self.check(attention, residual)?;
+        self.check(attention, residual)?;
         #[cfg(feature = "cuda")]
-        if let Some(both) = self.on_cuda(&sizes, attention, residual)? {
+        if let Some(both) = self.on_cuda(attention, residual)? {
             return Ok(both);
         }
         let y = linear(attention, self.output)?;
         let (middle, normed) = add_rms_norm(residual, Some(&y), self.norm, self.eps)?;
         let both = linear(&normed, self.gate_up)?;
-        let (gate, up) =
-            (both.narrow(1, 0, sizes.inner)?, both.narrow(1, sizes.inner, sizes.inner)?);
+        let inner = self.down.dim(1)?;
+        let (gate, up) = (both.narrow(1, 0, inner)?, both.narrow(1, inner, inner)?);
         let y = linear(&silu_mul(&gate, &up)?, self.down)?;
         let (sum, normed) = add_rms_norm(&middle, Some(&y), self.next_norm, self.eps)?;
         Ok((sum, linear(&normed, self.next)?))
     }
 
-    fn check(&self, attention: &Tensor, residual: &Tensor) -> Result<Sizes> {
+    fn check(&self, attention: &Tensor, residual: &Tensor) -> Result<()> {
         let ((hidden, size), (_, inner)) = (self.output.dims2()?, self.down.dims2()?);
         let ((tokens, _), next) = (attention.dims2()?, self.next.dim(0)?);
         let shapes = [
@@ -104,19 +96,14 @@ impl PostAttention<'_> {
                 ));
             }
         }
-        Ok(Sizes { attention: size, hidden, inner, next })
+        Ok(())
     }
 
     /// Returns `None` if the kernel does not support the device, the dtypes, the layouts or the
     /// sizes.
     #[cfg(feature = "cuda")]
     #[allow(unsafe_code)]
-    fn on_cuda(
-        &self,
-        sizes: &Sizes,
-        attention: &Tensor,
-        residual: &Tensor,
-    ) -> Result<Option<(Tensor, Tensor)>> {
+    fn on_cuda(&self, attention: &Tensor, residual: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
         use crate::cuda::{address, half_of, is_aligned};
         use candle_core::Device;
         use longctx_kernels::{PostAttentionArgs, has_post_attention, post_attention};
@@ -126,7 +113,8 @@ impl PostAttention<'_> {
         };
         let &Self { output, norm, gate_up, down, next_norm, next, eps } = self;
         let inputs = [attention, residual, output, norm, gate_up, down, next_norm, next];
-        let &Sizes { attention: attention_size, hidden, inner, next: next_size } = sizes;
+        let ((hidden, attention_size), inner) = (output.dims2()?, down.dim(1)?);
+        let next_size = next.dim(0)?;
         let tokens = residual.dim(0)?;
         let of_sizes = PostAttentionArgs {
             attention_size: attention_size as i32,
