@@ -6,8 +6,6 @@
 //
 // `small` leaves large shapes out, for compute-sanitizer.
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,6 +14,8 @@
 #include <cstring>
 #include <functional>
 #include <vector>
+
+#include "kernels/half.cuh"
 
 namespace fused {
 #include "kernels/post_attention.cu"

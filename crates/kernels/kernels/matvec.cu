@@ -1,9 +1,8 @@
 // Multiplies a few rows of activations by a weight matrix, as decode steps do. Reading the matrix
 // takes most of the time.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cstddef>
 #include <cstdint>
+#include "half.cuh"
 
 // Addresses are device addresses. All arrays are contiguous, in f16 or bf16.
 struct MatVecArgs {
@@ -19,25 +18,11 @@ static_assert(sizeof(MatVecArgs) == 40 && offsetof(MatVecArgs, inner) == 24, "as
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 
-__device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-__device__ __forceinline__ void narrow(__half& y, float x) { y = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
-
 // Loads weights, which are read once, without displacing x from the L1 cache.
 __device__ __forceinline__ uint4 stream(const uint4* p) {
     uint4 x;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
     return x;
-}
-
-template <class Pair>
-__device__ __forceinline__ void widen(float (&y)[8], const uint4& x) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 two = widen(reinterpret_cast<const Pair*>(&x)[i]);
-        y[2 * i] = two.x, y[2 * i + 1] = two.y;
-    }
 }
 
 // A warp computes OUTPUTS outputs, so that they share the reads of x. Each thread has 8 loads of

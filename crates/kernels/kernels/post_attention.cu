@@ -8,10 +8,9 @@
 // Results equal those of separate launches of matvec, rms_norm and silu_mul bit for bit: sums have
 // the same order, and the same intermediate results are rounded.
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cstddef>
 #include <cstdint>
+#include "half.cuh"
 
 // Addresses are device addresses. All arrays are contiguous, in f16 or bf16.
 struct PostAttentionArgs {
@@ -38,25 +37,6 @@ static_assert(sizeof(PostAttentionArgs) == 128 && offsetof(PostAttentionArgs, ro
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 // Columns of a chunk of weights.
 constexpr int CHUNK = 512;
-
-__device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half2_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
-__device__ __forceinline__ void narrow(__half& y, float x) { y = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
-
-template <class Pair>
-__device__ __forceinline__ void widen(float (&y)[8], const uint4& x) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 two = widen(reinterpret_cast<const Pair*>(&x)[i]);
-        y[2 * i] = two.x, y[2 * i + 1] = two.y;
-    }
-}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 

@@ -1,8 +1,7 @@
 // The sum of two activations and its RMS norm in one pass, as between the blocks of a decoder.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cstddef>
 #include <cstdint>
+#include "half.cuh"
 
 // Addresses are device addresses. All arrays are [rows, columns] in f16 or bf16, contiguous.
 struct RmsNormArgs {
@@ -17,11 +16,6 @@ struct RmsNormArgs {
 static_assert(sizeof(RmsNormArgs) == 48 && offsetof(RmsNormArgs, columns) == 40, "as in src/rms_norm.rs");
 
 constexpr int THREADS = 512;
-
-__device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-__device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half2_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
 
 // Grid: one thread block for each row.
 template <class Pair>

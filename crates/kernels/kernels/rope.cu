@@ -2,10 +2,9 @@
 //
 // A thread block rotates heads of one token, in up to two tensors: queries and keys. Angles are
 // computed in f64 and reduced to one turn. Their sines and cosines are computed in f32.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cstddef>
 #include <cstdint>
+#include "half.cuh"
 
 // Addresses are device addresses; strides count elements. All heads begin at multiples of 16 bytes.
 struct RopeTensor {
@@ -26,11 +25,6 @@ struct RopeArgs {
 static_assert(sizeof(RopeTensor) == 40 && sizeof(RopeArgs) == 112 && offsetof(RopeArgs, tokens) == 96, "as in src/rope.rs");
 
 constexpr int THREADS = 256, MAX_PAIRS = 128;
-
-__device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-__device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half2_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
 
 // Rotates eight channels of the first half, `a`, with those of the second half, `b`.
 template <class Pair>

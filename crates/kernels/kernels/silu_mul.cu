@@ -1,8 +1,7 @@
 // silu(gate) * up, the activation of a gated feed-forward block, in one pass over memory.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cstddef>
 #include <cstdint>
+#include "half.cuh"
 
 // Addresses are device addresses; strides count elements. All rows begin at multiples of 16 bytes.
 struct SiluMulArgs {
@@ -12,12 +11,6 @@ struct SiluMulArgs {
     int64_t rows, columns;  // columns: a multiple of 8
 };
 static_assert(sizeof(SiluMulArgs) == 56 && offsetof(SiluMulArgs, rows) == 40, "as in src/silu_mul.rs");
-
-__device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-__device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half2_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // Eight columns per thread; any grid.
 template <class Pair>

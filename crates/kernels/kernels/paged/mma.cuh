@@ -1,13 +1,7 @@
 // Instructions of tensor cores and asynchronous copies, and conversions of pairs of numbers.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cstdint>
-
-__device__ __forceinline__ float2 widen(__half2 x) { return __half22float2(x); }
-__device__ __forceinline__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-__device__ __forceinline__ void narrow(__half2& y, float2 x) { y = __float22half2_rn(x); }
-__device__ __forceinline__ void narrow(__nv_bfloat162& y, float2 x) { y = __float22bfloat162_rn(x); }
+#include "../half.cuh"
 
 // Returns 2^x, to within 2 units in the last place.
 __device__ __forceinline__ float power_of_two(float x) {
