@@ -112,7 +112,9 @@ pub fn out_kind(out: &Tensor) -> Result<i32> {
     }
 }
 
-/// Returns whether a tensor of a [half format](Half) is contiguous and aligned to 16 bytes.
-pub(crate) fn is_aligned(x: &Tensor) -> bool {
-    x.is_contiguous() && x.layout().start_offset().is_multiple_of(8)
+/// Returns whether a kernel that reads contiguous rows of this format on this device can read a
+/// tensor: it is contiguous and aligned to 16 bytes.
+pub(crate) fn fits_kernel(x: &Tensor, half: Half, device: &Device) -> bool {
+    let aligned = x.is_contiguous() && x.layout().start_offset().is_multiple_of(8);
+    half_of(x) == Some(half) && aligned && x.device().same_device(device)
 }

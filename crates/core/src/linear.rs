@@ -36,14 +36,13 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
-    use crate::cuda::{address, half_of, is_aligned};
+    use crate::cuda::{address, fits_kernel, half_of};
     use candle_core::Device;
     use longctx_kernels::{MAX_ROWS, MatVecArgs, matvec};
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let ((rows, inner), out) = (x.dims2()?, w.dim(0)?);
-    let here = w.device().same_device(x.device());
-    let fits = |x: &Tensor| half_of(x) == Some(half) && is_aligned(x) && here;
+    let fits = |of: &Tensor| fits_kernel(of, half, x.device());
     if !(1..=MAX_ROWS).contains(&rows) || !inner.is_multiple_of(8) || !fits(x) || !fits(w) {
         return Ok(None);
     }

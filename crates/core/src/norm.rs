@@ -60,17 +60,14 @@ fn on_cuda(
     weights: &Tensor,
     eps: f32,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    use crate::cuda::{address, half_of, is_aligned};
+    use crate::cuda::{address, fits_kernel, half_of};
     use candle_core::Device;
     use longctx_kernels::RmsNormArgs;
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let (rows, channels) = x.dims2()?;
     let all = [Some(x), y, Some(weights)];
-    let device_of = x.device();
-    let fits = |x: &&Tensor| {
-        half_of(x) == Some(half) && is_aligned(x) && x.device().same_device(device_of)
-    };
+    let fits = |of: &&Tensor| fits_kernel(of, half, x.device());
     if !all.iter().flatten().all(fits) || !channels.is_multiple_of(8) || rows == 0 {
         return Ok(None);
     }

@@ -78,14 +78,14 @@ impl PostAttention<'_> {
     fn check(&self, attention: &Tensor, residual: &Tensor) -> Result<()> {
         let ((hidden, size), (_, inner)) = (self.output.dims2()?, self.down.dims2()?);
         let ((tokens, _), next) = (attention.dims2()?, self.next.dim(0)?);
-        let shapes = [
-            ("attention", attention, vec![tokens, size]),
-            ("residual", residual, vec![tokens, hidden]),
-            ("norm", self.norm, vec![hidden]),
-            ("gate_up", self.gate_up, vec![2 * inner, hidden]),
-            ("down", self.down, vec![hidden, inner]),
-            ("next_norm", self.next_norm, vec![hidden]),
-            ("next", self.next, vec![next, hidden]),
+        let shapes: [(_, _, &[usize]); 7] = [
+            ("attention", attention, &[tokens, size]),
+            ("residual", residual, &[tokens, hidden]),
+            ("norm", self.norm, &[hidden]),
+            ("gate_up", self.gate_up, &[2 * inner, hidden]),
+            ("down", self.down, &[hidden, inner]),
+            ("next_norm", self.next_norm, &[hidden]),
+            ("next", self.next, &[next, hidden]),
         ];
         for (what, x, expected) in shapes {
             if x.dims() != expected {
@@ -104,7 +104,7 @@ impl PostAttention<'_> {
     #[cfg(feature = "cuda")]
     #[allow(unsafe_code)]
     fn on_cuda(&self, attention: &Tensor, residual: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
-        use crate::cuda::{address, half_of, is_aligned};
+        use crate::cuda::{address, fits_kernel, half_of};
         use candle_core::Device;
         use longctx_kernels::{PostAttentionArgs, has_post_attention, post_attention};
 
@@ -126,10 +126,7 @@ impl PostAttention<'_> {
             ..Default::default()
         };
         let stream = device.cuda_stream();
-        let fits = |x: &&Tensor| {
-            let here = x.device().same_device(residual.device());
-            half_of(x) == Some(half) && is_aligned(x) && here
-        };
+        let fits = |of: &&Tensor| fits_kernel(of, half, residual.device());
         if !inputs.iter().all(fits) || !has_post_attention(stream.context(), &of_sizes)? {
             return Ok(None);
         }

@@ -229,8 +229,8 @@ pub trait KvStore: Send {
     fn mark(&self, seq: SeqId) -> Mark;
 
     /// Drops the entries that were appended to a sequence since a mark, if it then holds exactly
-    /// what it held at the mark. A sequence that was unknown then is removed. Since the mark, the
-    /// sequence may have changed only by appends.
+    /// what it held at the mark. A sequence that was unknown then is removed. Between the two calls
+    /// only appends may change the sequence.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if older entries have been packed since, so that their full precision

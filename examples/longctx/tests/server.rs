@@ -206,7 +206,7 @@ fn every_error_has_the_form_of_openai() {
         );
         let message = error["message"].as_str().unwrap();
         assert!(message.contains(words), "{words}: {message}");
-        // A client learns from it what is allowed.
+        // A 405 lists the allowed methods.
         assert_eq!(head.to_lowercase().contains("\r\nallow: "), status == 405, "{response}");
     }
 }

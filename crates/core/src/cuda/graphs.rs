@@ -131,13 +131,12 @@ impl DecodeGraphs {
         self.incomplete = false;
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
-        let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
         let layers = match seqs > self.max_seqs || refused {
             true => None,
             false => caches.iter_mut().map(|cache| prepares(cache, batch)).collect(),
         };
         let Some(layers) = layers else {
-            return forward(caches, batch, &ids_on(&self.device)?);
+            return forward(caches, batch, &ids_on(&self.device, ids)?);
         };
         self.incomplete = true;
         let memory = self.prepare(batch, ids, layers, states)?;
@@ -156,12 +155,11 @@ impl DecodeGraphs {
         forward: &mut Forward<'_>,
     ) -> Result<Tensor> {
         let seqs = batch.seqs().len();
-        let ids_on = |device: &CudaDevice| Tensor::new(ids, &Device::Cuda(device.clone()));
         self.steps += 1;
         let known = self.graphs.get_mut(&seqs);
         let equal = |of: &&mut Graph| of.memory == memory && of.layout == self.lists.layout();
         let Some(known) = known.filter(equal) else {
-            let ids = ids_on(&self.device)?;
+            let ids = ids_on(&self.device, ids)?;
             // Shapes and strides that candle copies to the device are kept for the capture.
             let _kept = self.device.enable_cuda_graph_htod_cache();
             let logits = self.side.run(batch, |batch| forward(caches, batch, &ids))?;
@@ -185,7 +183,7 @@ impl DecodeGraphs {
                 Ok(step.logits.copy()?)
             }
             _ => {
-                let ids = ids_on(&self.device)?;
+                let ids = ids_on(&self.device, ids)?;
                 self.side.run(batch, |batch| forward(caches, batch, &ids))
             }
         }
@@ -227,6 +225,11 @@ impl DecodeGraphs {
             self.graphs.remove(&seqs);
         }
     }
+}
+
+/// Copies token ids to the device.
+fn ids_on(device: &CudaDevice, ids: &[u32]) -> Result<Tensor> {
+    Ok(Tensor::new(ids, &Device::Cuda(device.clone()))?)
 }
 
 /// Returns a cache that can prepare a step of the batch.

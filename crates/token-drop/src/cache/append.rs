@@ -55,10 +55,10 @@ impl<S: KvStore, P: EvictionPolicy> PreparedDecode for PolicyCache<S, P> {
         self.prepared.positions = lists.push_positions(batch, |seq| self.next_position(seq));
         self.prepared.evicts = !self.only_appends(batch);
         lists.push_size(self.prepared.evicts.into());
-        let marks = marks(&self.store, batch);
+        let marks = self.prepared.evicts.then(|| marks(&self.store, batch));
         self.store.prepare_decode(batch, lists)?;
         self.add_tokens(batch);
-        if self.prepared.evicts {
+        if let Some(marks) = marks {
             let done = self.prepare_evict(batch, lists);
             return done.map_err(|error| self.roll_back(batch, &marks, error));
         }

@@ -220,7 +220,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
                 None => (k, step.v, own),
             };
             if !rows.is_empty() {
-                // Rewritten rows are in f32.
+                // Rewritten rows are in f32. A store without sequences takes the dtype of its first
+                // rows, which is to be the call's.
                 let rows_of = |x: &Tensor| x.narrow(0, rows.start, rows.len())?.to_dtype(dtype);
                 keys.push(rows_of(k)?);
                 values.push(rows_of(v)?);
