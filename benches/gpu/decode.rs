@@ -15,7 +15,7 @@ use anyhow::Result;
 use base_models::{Config, LoadOptions, Session, Transformer};
 use candle_core::cuda::cudarc::driver::result::mem_get_info;
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{Batch, CausalLm, KvCache, Logits, SeqId, Step};
+use longctx_core::{Batch, CausalLm, Greedy, KvCache, Logits, SeqId, Step};
 use longctx_examples::methods::Method;
 use longctx_examples::shapes::llama_3_8b;
 
@@ -115,12 +115,12 @@ fn decode(model: &Transformer, lens: &[usize], method: &Method, bandwidth: f64) 
 /// Returns the median time of a step, in seconds.
 fn median_step(session: &mut Session, seqs: usize) -> Result<f64> {
     let batch = Batch::decode(&(0..seqs as SeqId).collect::<Vec<_>>())?;
-    let mut times = Vec::new();
+    let (mut greedy, mut times) = (Greedy::default(), Vec::new());
     for _ in 0..STEPS {
         let start = Instant::now();
         let logits = session.forward(&batch, &vec![42; seqs], Logits::Last)?;
         // Choosing the next tokens waits for the device, as in generation.
-        logits.argmax(1)?.to_vec1::<u32>()?;
+        greedy.choose(&logits)?;
         times.push(start.elapsed());
     }
     times.sort();

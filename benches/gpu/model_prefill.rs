@@ -13,7 +13,7 @@ use anyhow::Result;
 use base_models::{LoadOptions, Session, Transformer};
 use candle_core::{DType, Device};
 use longctx_benches::ids;
-use longctx_core::{Batch, CausalLm, Logits, SeqId};
+use longctx_core::{Batch, CausalLm, Greedy, Logits, SeqId};
 use longctx_examples::methods::Method;
 use longctx_examples::shapes::llama_3_8b;
 
@@ -86,7 +86,7 @@ fn steps(session: &mut Session) -> Result<f64> {
 fn forward(session: &mut impl CausalLm, ids: &[u32]) -> Result<f64> {
     let start = Instant::now();
     let logits = session.forward(&Batch::single(SEQ, ids.len())?, ids, Logits::Last)?;
-    logits.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
+    Greedy::default().choose(&logits)?;
     Ok(start.elapsed().as_secs_f64())
 }
 

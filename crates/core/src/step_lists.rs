@@ -1,6 +1,8 @@
 //! Decode steps in two parts: the host's part, and launches that were captured in a CUDA graph.
 
+use std::any::Any;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::{Batch, Result, SeqId};
 
@@ -52,8 +54,19 @@ pub struct StepLists {
     /// Every offset that was returned, and sizes of launches.
     layout: Vec<usize>,
     shared: Vec<Range<usize>>,
+    owned: Vec<Owned>,
     workspace: usize,
     reserved: usize,
+}
+
+/// A shared list that is a part of a value.
+#[derive(Debug)]
+struct Owned {
+    /// Keeps the list's address from being used for another one.
+    _owner: Arc<dyn Any + Send + Sync>,
+    address: usize,
+    len: usize,
+    range: Range<usize>,
 }
 
 /// Alignment of each list, in bytes.
@@ -65,6 +78,7 @@ impl StepLists {
         self.bytes.clear();
         self.layout.clear();
         self.shared.clear();
+        self.owned.clear();
         self.workspace = 0;
         self.reserved = 0;
     }
@@ -93,6 +107,26 @@ impl StepLists {
         }
         let first = self.push(list, capacity);
         self.shared.push(first as usize..first as usize + size);
+        first
+    }
+
+    /// As [`push_shared`](Self::push_shared), for a list that is a part of `owner`. If another layer has
+    /// pushed the same part of the same value, the bytes are not compared.
+    pub fn push_part<T: Any + Send + Sync>(
+        &mut self,
+        owner: &Arc<T>,
+        list: &[u8],
+        capacity: usize,
+    ) -> u64 {
+        let (address, len, size) = (list.as_ptr() as usize, list.len(), capacity.max(list.len()));
+        let same = |of: &&Owned| (of.address, of.len, of.range.len()) == (address, len, size);
+        if let Some(Owned { range, .. }) = self.owned.iter().find(same) {
+            self.layout.push(range.start);
+            return range.start as u64;
+        }
+        let first = self.push_shared(list, capacity);
+        let range = first as usize..first as usize + size;
+        self.owned.push(Owned { _owner: owner.clone(), address, len, range });
         first
     }
 
@@ -186,6 +220,23 @@ mod tests {
             lists.layout().to_vec()
         };
         assert_eq!((layout(1), layout(2)), (vec![0, 16, 0], vec![0, 16, 16]));
+    }
+
+    #[test]
+    fn a_part_of_a_value_is_pushed_once() {
+        let mut lists = StepLists::default();
+        let owner = Arc::new(vec![5u8, 6, 7]);
+        let first = lists.push_part(&owner, &owner[..2], 4);
+        assert_eq!(lists.push_part(&owner, &owner[..2], 4), first);
+        // Another length, another part, another capacity.
+        assert_eq!(lists.push_part(&owner, &owner[..1], 4), 16);
+        assert_eq!(lists.push_part(&owner, &owner[1..], 4), 32);
+        assert_eq!(lists.push_part(&owner, &owner[..2], 5), 48);
+        // Another value with equal bytes.
+        let other = Arc::new(vec![5u8, 6]);
+        assert_eq!(lists.push_part(&other, &other, 4), first);
+        assert_eq!(lists.bytes()[..4], [5, 6, 0, 0]);
+        assert_eq!(lists.layout(), [0, 0, 16, 32, 48, 0]);
     }
 
     #[test]

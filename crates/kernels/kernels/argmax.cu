@@ -25,12 +25,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) argmax(const ArgmaxArgs a)
     const float* x = reinterpret_cast<const float*>(a.x) + blockIdx.x * a.columns;
     uint64_t best = 0;
     bool nan = false;
-#pragma unroll 8
-    for (int64_t i = threadIdx.x; i < a.columns; i += THREADS) {
-        const float value = x[i];
+    auto compare = [&](float value, int64_t i) {
         nan |= isnan(value);
         best = max(best, key_of(value, uint32_t(i)));
+    };
+    // One thread block cannot have enough loads in flight with single numbers.
+    const int64_t pieces = reinterpret_cast<uintptr_t>(x) % 16 ? 0 : a.columns / 4;
+#pragma unroll 8
+    for (int64_t i = threadIdx.x; i < pieces; i += THREADS) {
+        const float4 piece = reinterpret_cast<const float4*>(x)[i];
+        compare(piece.x, 4 * i), compare(piece.y, 4 * i + 1), compare(piece.z, 4 * i + 2), compare(piece.w, 4 * i + 3);
     }
+    for (int64_t i = 4 * pieces + threadIdx.x; i < a.columns; i += THREADS) compare(x[i], i);
     nan = __syncthreads_or(nan);
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));

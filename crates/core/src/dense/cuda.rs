@@ -14,10 +14,11 @@ mod sums;
 mod tables;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
 use blocks::Blocks;
+use candle_core::backend::BackendDevice;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use longctx_kernels::{Half, PAGE, paged};
@@ -37,6 +38,8 @@ pub struct CudaPool {
     prepared: Option<Prepared>,
     /// Whether the device has the kernel that evicts.
     has_evict: bool,
+    /// Thread blocks of attention that the device runs concurrently, for 8 and for 16 columns.
+    slots: [OnceLock<usize>; 2],
 }
 
 /// The block tables of a sequence.
@@ -80,6 +83,7 @@ impl CudaPool {
             seqs: BTreeMap::new(),
             last_tables: LastTables::default(),
             prepared: None,
+            slots: Default::default(),
         }))
     }
 
@@ -102,7 +106,7 @@ impl CudaPool {
     }
 
     fn check_device(&self, x: &Tensor) -> Result<()> {
-        if x.device().same_device(&Device::Cuda(self.device.clone())) {
+        if matches!(x.device(), Device::Cuda(device) if device.same_device(&self.device)) {
             return Ok(());
         }
         let got = format!("one on {:?}", x.device().location());

@@ -21,6 +21,8 @@ pub struct Blocks {
     /// numbers from them.
     addresses: Vec<u64>,
     references: Vec<u32>,
+    /// Blocks with more than one reference.
+    shared: usize,
     free: Vec<u32>,
 }
 
@@ -28,7 +30,7 @@ impl Blocks {
     pub fn new(stream: Arc<CudaStream>, size: usize, capacity: usize) -> Self {
         let (slabs, addresses) = (Vec::new(), Vec::new());
         let (references, free) = (Vec::new(), Vec::new());
-        Self { stream, size, capacity, slabs, addresses, references, free }
+        Self { stream, size, capacity, slabs, addresses, references, shared: 0, free }
     }
 
     /// Checks that `needed` blocks are free or can be allocated.
@@ -75,7 +77,14 @@ impl Blocks {
     }
 
     pub fn share(&mut self, block: u32) {
-        self.references[block as usize] += 1;
+        let references = &mut self.references[block as usize];
+        *references += 1;
+        self.shared += usize::from(*references == 2);
+    }
+
+    /// Returns whether any block has more than one reference.
+    pub fn any_shared(&self) -> bool {
+        self.shared > 0
     }
 
     pub fn shared(&self, block: u32) -> bool {
@@ -83,9 +92,12 @@ impl Blocks {
     }
 
     pub fn release(&mut self, block: u32) {
-        self.references[block as usize] -= 1;
-        if self.references[block as usize] == 0 {
-            self.free.push(block);
+        let references = &mut self.references[block as usize];
+        *references -= 1;
+        match *references {
+            0 => self.free.push(block),
+            1 => self.shared -= 1,
+            _ => {}
         }
     }
 

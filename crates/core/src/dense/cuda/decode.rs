@@ -156,8 +156,20 @@ impl CudaPool {
             heads_per_kv: shape.heads_per_kv(),
             head_dim,
             columns,
-            slots: paged::attend_slots(stream.context(), self.half(), head_dim, columns)?,
+            slots: self.slots(columns)?,
         })
+    }
+
+    /// Returns the number of thread blocks of `columns` columns, 8 or 16, that the device runs
+    /// concurrently.
+    fn slots(&self, columns: usize) -> Result<usize> {
+        let known = &self.slots[columns / 8 - 1];
+        if let Some(&slots) = known.get() {
+            return Ok(slots);
+        }
+        let (stream, head_dim) = (self.stream(), self.shape.head_dim);
+        let slots = paged::attend_slots(stream.context(), self.half(), head_dim, columns)?;
+        Ok(*known.get_or_init(|| slots))
     }
 
     /// Returns the sliding window of a call, if it has one.

@@ -1,8 +1,8 @@
 //! A decoded token's attention, and the eviction of one entry of each kv head by it: two launches.
 
-use super::CudaPool;
 use super::decode::{Outputs, Scores};
 use super::prepared::Prepared;
+use super::{BlockTable, CudaPool};
 use crate::cuda::{address, evict_after_step};
 use crate::{Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists};
 use candle_core::{DType, Device, Tensor};
@@ -30,11 +30,13 @@ impl CudaPool {
     /// Returns whether each sequence can evict one entry of each head: the device has the kernel,
     /// heads have equally many entries, and no block is shared.
     pub fn evicts_one(&self, seqs: &[SeqId]) -> bool {
+        let any_shared = self.blocks.any_shared();
         let of_seq = |seq: &SeqId| {
             let Some(sequence) = self.seqs.get(seq) else { return false };
             let len = sequence.heads[0].len;
-            let own = |&block: &u32| !self.blocks.shared(block);
-            sequence.heads.iter().all(|table| table.len == len && table.blocks.iter().all(own))
+            let shared = |&block: &u32| self.blocks.shared(block);
+            let own = |table: &BlockTable| !any_shared || !table.blocks.iter().any(shared);
+            sequence.heads.iter().all(|table| table.len == len && own(table))
         };
         self.has_evict && self.decodes(1) && seqs.iter().all(of_seq)
     }
@@ -149,7 +151,7 @@ impl CudaPool {
     }
 
     fn kept_entries(&self, of: &EvictOne, count: usize) -> Result<KeptEntries> {
-        let (dims, device) = ((self.shape.kv_heads, count), Device::Cuda(self.device.clone()));
+        let dims = (self.shape.kv_heads, count);
         let fits = |kept: &&KeptEntries| {
             let KeptEntries { positions, scores } = kept;
             let scores_fit = scores.as_ref().is_some_and(|of| of.dims() == positions.dims());
@@ -158,6 +160,7 @@ impl CudaPool {
         if let Some(kept) = of.outputs.as_ref().filter(fits) {
             return Ok(kept.clone());
         }
+        let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernel writes every element.
         let empty = |dtype| unsafe { Tensor::empty(dims, dtype, &device) };
         let scores = of.carries_scores.then(|| empty(DType::F32)).transpose()?;

@@ -1,5 +1,7 @@
 //! Decode steps with CUDA graphs: the host's part of an append and of attention.
 
+use std::sync::Arc;
+
 use super::CudaPool;
 use super::append::AppendLists;
 use super::append_step::AppendStep;
@@ -85,7 +87,7 @@ impl CudaPool {
     fn append_lists(
         &mut self,
         batch: &Batch,
-        step: &AppendStep,
+        step: &Arc<AppendStep>,
         blocks: &[u32],
         lists: &mut StepLists,
     ) -> Result<AppendLists> {
@@ -95,7 +97,7 @@ impl CudaPool {
         let addresses = self.addresses(blocks);
         let (rows, tables) = (bytes_of(step.rows.list()), bytes_of(&tables));
         Ok(AppendLists {
-            rows: lists.push_shared(rows, rows.len()),
+            rows: lists.push_part(step, rows, rows.len()),
             // A head takes at most one block, new or a copy.
             new_blocks: lists.push(bytes_of(&addresses), tables.len()),
             tables: lists.push(tables, tables.len()),
@@ -110,7 +112,7 @@ impl CudaPool {
         let work = bytes_of(&plan.plan.work);
         let item = work.len() / plan.plan.work.len().max(1);
         let launch = PlanLaunch {
-            work: lists.push_shared(work, items * item),
+            work: lists.push_part(&plan, work, items * item),
             items,
             arrived: lists.push_shared(&[], 4 * merges),
             parts: 0,

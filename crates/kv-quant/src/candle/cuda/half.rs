@@ -1,6 +1,7 @@
 //! Keys and values in f16 that are never packed, for sinks.
 
 use crate::Format;
+use candle_core::backend::BackendDevice;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::{AttentionShape, Batch, DenseStore, Error, KvStore, Result, Selection, SeqId};
 use std::ops::{Deref, DerefMut};
@@ -42,7 +43,7 @@ impl CudaHalf {
     }
 
     pub fn is_on(&self, device: &Device) -> bool {
-        device.same_device(&Device::Cuda(self.device.clone()))
+        matches!(device, Device::Cuda(device) if device.same_device(&self.device))
     }
 
     /// Nothing is packed.

@@ -9,6 +9,7 @@ use super::records::{Records, Shared, lock};
 use super::status::Status;
 use crate::cuda::{Kernels, Layout, TILE, needs};
 use crate::{Axis, Codes, Flush, Format};
+use candle_core::backend::BackendDevice;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_core::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
 use longctx_cuda::cudarc::driver::CudaStream;
@@ -152,7 +153,7 @@ impl CudaPool {
     }
 
     pub fn is_on(&self, device: &Device) -> bool {
-        device.same_device(&Device::Cuda(self.device.clone()))
+        matches!(device, Device::Cuda(device) if device.same_device(&self.device))
     }
 
     /// Returns a tensor in `dtype`; an error if it is not on the pool's device.

@@ -60,7 +60,7 @@ impl CudaPool {
     fn prepare_lists(
         &mut self,
         batch: &Batch,
-        step: &AppendStep,
+        step: &Arc<AppendStep>,
         lists: &mut StepLists,
     ) -> Result<Prepared> {
         let new_records = self.take(step)?;
@@ -68,6 +68,7 @@ impl CudaPool {
         let kv_heads = lists.push(bytes_of(&memory), size_of_val(&memory[..]));
         let attend = self.attend_lists(batch, step, lists)?;
         let (heads, ring_rows) = (step.work.len(), bytes_of(step.first.rows.list()));
+        let pack_rows = bytes_of(step.second.rows.list());
         let usual = completed_by_token(self.device_format, self.layout);
         let records = step.second.sizes.records.max(usual.0);
         let tiles = step.second.sizes.tiles.max(usual.1);
@@ -75,9 +76,9 @@ impl CudaPool {
         Ok(Prepared {
             heads,
             kv_heads,
-            ring_rows: lists.push_shared(ring_rows, ring_rows.len()),
+            ring_rows: lists.push_part(step, ring_rows, ring_rows.len()),
             // Rows without entries are skipped.
-            pack_rows: lists.push_shared(bytes_of(step.second.rows.list()), ring_rows.len()),
+            pack_rows: lists.push_part(step, pack_rows, ring_rows.len()),
             new_records: lists.push(bytes_of(&new_records), 8 * heads * records),
             attend,
             records,
@@ -98,7 +99,7 @@ impl CudaPool {
         let merges = heads * per.div_ceil(kernel.columns());
         lists.require_workspace(4 * items * part_len(kernel.columns(), self.shape.head_dim));
         Ok(PlanLaunch {
-            work: lists.push_shared(bytes_of(&plan.plan.work), items * size_of::<Work>()),
+            work: lists.push_part(&plan, bytes_of(&plan.plan.work), items * size_of::<Work>()),
             items,
             arrived: lists.push_shared(&[], 4 * merges),
             parts: 0,
