@@ -15,7 +15,7 @@ use anyhow::Result;
 use base_models::{Config, LoadOptions, Session, Transformer};
 use candle_core::cuda::cudarc::driver::result::mem_get_info;
 use candle_core::{DType, Device, Tensor};
-use longctx_core::{Batch, CausalLm, Greedy, KvCache, Logits, SeqId, Step};
+use longctx_core::{Batch, CausalLm, Greedy, KvCache, SeqId, Step};
 use longctx_examples::methods::Method;
 use longctx_examples::shapes::llama_3_8b;
 
@@ -118,9 +118,8 @@ fn median_step(session: &mut Session, seqs: usize) -> Result<f64> {
     let (mut greedy, mut times) = (Greedy::default(), Vec::new());
     for _ in 0..STEPS {
         let start = Instant::now();
-        let logits = session.forward(&batch, &vec![42; seqs], Logits::Last)?;
-        // Choosing the next tokens waits for the device, as in generation.
-        greedy.choose(&logits)?;
+        // Choosing the next tokens waits for the device.
+        session.forward_greedy(&batch, &vec![42; seqs], &mut greedy)?;
         times.push(start.elapsed());
     }
     times.sort();

@@ -13,7 +13,7 @@ use anyhow::Result;
 use base_models::{LoadOptions, Session, Transformer};
 use candle_core::{DType, Device};
 use longctx_benches::ids;
-use longctx_core::{Batch, CausalLm, Greedy, Logits, SeqId};
+use longctx_core::{Batch, CausalLm, Greedy, SeqId};
 use longctx_examples::methods::Method;
 use longctx_examples::shapes::llama_3_8b;
 
@@ -85,8 +85,8 @@ fn steps(session: &mut Session) -> Result<f64> {
 /// device.
 fn forward(session: &mut impl CausalLm, ids: &[u32]) -> Result<f64> {
     let start = Instant::now();
-    let logits = session.forward(&Batch::single(SEQ, ids.len())?, ids, Logits::Last)?;
-    Greedy::default().choose(&logits)?;
+    let batch = Batch::single(SEQ, ids.len())?;
+    session.forward_greedy(&batch, ids, &mut Greedy::default())?;
     Ok(start.elapsed().as_secs_f64())
 }
 

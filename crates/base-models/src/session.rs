@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 #[cfg(feature = "cuda")]
 use longctx_core::cuda::DecodeGraphs;
 use longctx_core::{
-    Batch, CausalLm, Error, Footprint, KvCache, LayerCaches, Logits, Result, SeqId,
+    Batch, CausalLm, Error, Footprint, Greedy, KvCache, LayerCaches, Logits, Result, SeqId,
 };
 
 /// A transformer with its caches, one per layer, for many sequences.
@@ -65,8 +65,35 @@ impl Session {
         self.graphs.as_ref().map_or(0, DecodeGraphs::replayed)
     }
 
+    /// Feeds tokens, and returns what `read` returns for the logits.
+    fn forward_and_read<T>(
+        &mut self,
+        batch: &Batch,
+        ids: &[u32],
+        logits: Logits,
+        read: impl FnOnce(Tensor) -> T,
+    ) -> Result<T> {
+        self.check(batch, ids)?;
+        let out = self.run(batch, ids, logits, read);
+        match &out {
+            Ok(_) => {
+                for (seq, tokens) in batch.iter() {
+                    self.sequences.entry(seq).or_default().seen += tokens.len();
+                }
+            }
+            Err(error) => self.roll_back(batch, error),
+        }
+        out
+    }
+
     /// Runs the model on ids that have been checked.
-    fn run(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
+    fn run<T>(
+        &mut self,
+        batch: &Batch,
+        ids: &[u32],
+        logits: Logits,
+        read: impl FnOnce(Tensor) -> T,
+    ) -> Result<T> {
         let model = &self.model;
         #[cfg(feature = "cuda")]
         if let Some(graphs) = &mut self.graphs
@@ -77,10 +104,10 @@ impl Session {
             let mut forward = |caches: &mut [Box<dyn KvCache>], batch: &Batch, ids: &Tensor| {
                 model.forward(caches, batch, ids, logits)
             };
-            return graphs.step(batch, ids, &mut self.caches, &[], &mut forward);
+            return graphs.step(batch, ids, &mut self.caches, &[], &mut forward, read);
         }
         let ids = Tensor::new(ids, model.device())?;
-        model.forward(&mut self.caches, batch, &ids, logits)
+        Ok(read(model.forward(&mut self.caches, batch, &ids, logits)?))
     }
 
     /// Returns the weights.
@@ -141,17 +168,16 @@ impl Session {
 
 impl CausalLm for Session {
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
-        self.check(batch, ids)?;
-        let out = self.run(batch, ids, logits);
-        match &out {
-            Ok(_) => {
-                for (seq, tokens) in batch.iter() {
-                    self.sequences.entry(seq).or_default().seen += tokens.len();
-                }
-            }
-            Err(error) => self.roll_back(batch, error),
-        }
-        out
+        self.forward_and_read(batch, ids, logits, |logits| logits)
+    }
+
+    fn forward_greedy(
+        &mut self,
+        batch: &Batch,
+        ids: &[u32],
+        greedy: &mut Greedy,
+    ) -> Result<Vec<Result<u32>>> {
+        self.forward_and_read(batch, ids, Logits::Last, |logits| greedy.start(&logits))??.wait()
     }
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {

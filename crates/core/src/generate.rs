@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::{Batch, CausalLm, Error, Logits, Result, SeqId};
+use crate::{Batch, CausalLm, Error, Greedy, Logits, Result, SeqId};
 use candle_core::Tensor;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -133,9 +133,9 @@ pub fn generate(
     options: &GenerateOptions,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generation> {
-    let mut sampler = Sampler::new(options.sampling)?;
+    let mut chooser = Chooser::new(options.sampling)?;
     let started = Instant::now();
-    let mut logits = prefill(model, seq, prompt, options.prefill_chunk)?;
+    let logits = prefill(model, seq, prompt, options.prefill_chunk)?;
     let prefill_time = started.elapsed();
     let mut done = Generation {
         tokens: Vec::new(),
@@ -146,7 +146,13 @@ pub fn generate(
     };
     let started = Instant::now();
     while done.tokens.len() < options.max_tokens {
-        let token = sampler.sample(&logits.flatten_all()?.to_vec1()?)?;
+        let token = match done.tokens.last() {
+            None => chooser.first(&logits)?,
+            Some(&last) => {
+                done.decode_steps += 1;
+                chooser.next(model, seq, last)?
+            }
+        };
         if options.stop.contains(&token) {
             done.stop = StopReason::StopToken(token);
             break;
@@ -156,13 +162,47 @@ pub fn generate(
             done.stop = StopReason::Callback;
             break;
         }
-        if done.tokens.len() < options.max_tokens {
-            logits = model.forward(&Batch::single(seq, 1)?, &[token], Logits::Last)?;
-            done.decode_steps += 1;
-        }
     }
     done.decode_time = started.elapsed();
     Ok(done)
+}
+
+/// Chooses the tokens of one sequence. With greedy sampling, logits stay on the model's device.
+struct Chooser {
+    sampler: Sampler,
+    greedy: Greedy,
+}
+
+impl Chooser {
+    fn new(sampling: Sampling) -> Result<Self> {
+        Ok(Self { sampler: Sampler::new(sampling)?, greedy: Greedy::default() })
+    }
+
+    /// Returns the token after a prompt with these logits, `[1, vocab]`.
+    fn first(&mut self, logits: &Tensor) -> Result<u32> {
+        match self.sampler.sampling {
+            Sampling::Greedy => only(self.greedy.choose(logits)?),
+            Sampling::Random { .. } => self.sampler.sample(&logits.flatten_all()?.to_vec1()?),
+        }
+    }
+
+    /// Feeds the last token, and returns the next one.
+    fn next(&mut self, model: &mut dyn CausalLm, seq: SeqId, last: u32) -> Result<u32> {
+        let batch = Batch::single(seq, 1)?;
+        match self.sampler.sampling {
+            Sampling::Greedy => only(model.forward_greedy(&batch, &[last], &mut self.greedy)?),
+            Sampling::Random { .. } => self.first(&model.forward(&batch, &[last], Logits::Last)?),
+        }
+    }
+}
+
+/// Returns the token of the only sequence.
+fn only(tokens: Vec<Result<u32>>) -> Result<u32> {
+    let rows = tokens.len();
+    match tokens.into_iter().next() {
+        Some(token) if rows == 1 => token,
+        _ => Err(Error::mismatch("rows of the logits", 1, rows)),
+    }
 }
 
 /// Feeds a prompt to a sequence, whole or in chunks. Returns the logits of its last token, `[1,

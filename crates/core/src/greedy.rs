@@ -1,5 +1,10 @@
 //! Greedy sampling for a batch.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use std::marker::PhantomData;
+
 use crate::{Error, Result, Sampler, Sampling};
 use candle_core::{D, DType, Tensor};
 
@@ -18,6 +23,34 @@ use candle_core::{D, DType, Tensor};
 pub struct Greedy {
     /// 0 to the vocabulary's size, on the logits' device.
     ids: Option<Tensor>,
+    /// Memory that a CUDA device copies the tokens to.
+    #[cfg(feature = "cuda")]
+    host: Option<cuda::HostTokens>,
+}
+
+/// Tokens that a device may still be choosing.
+#[derive(Debug)]
+pub struct PendingTokens<'a>(Pending<'a>);
+
+#[derive(Debug)]
+enum Pending<'a> {
+    Ready(Vec<Result<u32>>, PhantomData<&'a ()>),
+    #[cfg(feature = "cuda")]
+    OnDevice(cuda::Copy<'a>),
+}
+
+impl PendingTokens<'_> {
+    /// Waits for the tokens. Returns an error for a sequence with NaN.
+    ///
+    /// # Errors
+    /// An error of the CUDA driver.
+    pub fn wait(self) -> Result<Vec<Result<u32>>> {
+        match self.0 {
+            Pending::Ready(tokens, _) => Ok(tokens),
+            #[cfg(feature = "cuda")]
+            Pending::OnDevice(copy) => copy.wait(),
+        }
+    }
 }
 
 impl Greedy {
@@ -29,16 +62,27 @@ impl Greedy {
     /// # Errors
     /// If the logits are not f32 of two dimensions.
     pub fn choose(&mut self, logits: &Tensor) -> Result<Vec<Result<u32>>> {
-        if logits.device().is_cpu() {
-            let mut sampler = Sampler::new(Sampling::Greedy)?;
-            let rows = logits.to_vec2::<f32>()?;
-            return Ok(rows.iter().map(|row| sampler.sample(row)).collect());
-        }
+        self.start(logits)?.wait()
+    }
+
+    /// As [`choose`](Self::choose), but does not wait for a CUDA device.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub fn start(&mut self, logits: &Tensor) -> Result<PendingTokens<'_>> {
         #[cfg(feature = "cuda")]
         if let candle_core::Device::Cuda(device) = logits.device() {
-            return on_cuda(device, logits);
+            let copy = cuda::start(&mut self.host, device, logits)?;
+            return Ok(PendingTokens(Pending::OnDevice(copy)));
         }
-        self.choose_on_device(logits)
+        let tokens = match logits.device().is_cpu() {
+            true => {
+                let mut sampler = Sampler::new(Sampling::Greedy)?;
+                logits.to_vec2::<f32>()?.iter().map(|row| sampler.sample(row)).collect()
+            }
+            false => self.choose_on_device(logits)?,
+        };
+        Ok(PendingTokens(Pending::Ready(tokens, PhantomData)))
     }
 
     fn choose_on_device(&mut self, logits: &Tensor) -> Result<Vec<Result<u32>>> {
@@ -66,34 +110,6 @@ impl Greedy {
 fn nan_on_device() -> Error {
     let position = "on the device".into();
     Error::NotFinite { what: "logits".into(), value: f32::NAN, position }
-}
-
-/// As [`Greedy::choose`], in one kernel.
-#[cfg(feature = "cuda")]
-#[allow(unsafe_code)]
-fn on_cuda(device: &candle_core::CudaDevice, logits: &Tensor) -> Result<Vec<Result<u32>>> {
-    use crate::cuda::address;
-    use longctx_kernels::{ArgmaxArgs, argmax};
-
-    let (rows, vocab) = logits.dims2()?;
-    if logits.dtype() != DType::F32 {
-        return Err(Error::mismatch("dtype of the logits", "f32", logits.dtype().as_str()));
-    }
-    if rows == 0 {
-        return Ok(Vec::new());
-    }
-    let logits = logits.contiguous()?;
-    // SAFETY: the kernel writes every element.
-    let tokens = unsafe { Tensor::empty(rows, DType::U32, logits.device()) }?;
-    let args = ArgmaxArgs { x: address(&logits)?, out: address(&tokens)?, columns: vocab as i64 };
-    // SAFETY: the tensors have the shapes in `args`, and the stream frees no memory before this
-    // launch has used it.
-    unsafe { argmax(&device.cuda_stream(), rows, &args) }?;
-    let checked = |token| match token {
-        u32::MAX => Err(nan_on_device()),
-        token => Ok(token),
-    };
-    Ok(tokens.to_vec1::<u32>()?.into_iter().map(checked).collect())
 }
 
 #[cfg(test)]

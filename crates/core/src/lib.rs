@@ -44,7 +44,7 @@ pub use evict_one::{EvictOne, KeptEntries};
 pub use footprint::Footprint;
 pub use gated::silu_mul;
 pub use generate::{GenerateOptions, Generation, Sampler, Sampling, StopReason, generate, prefill};
-pub use greedy::Greedy;
+pub use greedy::{Greedy, PendingTokens};
 pub use latent::{LatentCache, LatentStore, LatentStrategy};
 pub use layer_caches::LayerCaches;
 pub use linear::linear;

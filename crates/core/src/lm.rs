@@ -1,6 +1,6 @@
 //! The interface of language models.
 
-use crate::{Batch, Footprint, Result, SeqId};
+use crate::{Batch, Footprint, Greedy, Result, SeqId};
 use candle_core::{Device, Tensor};
 
 /// Which tokens' logits to return.
@@ -26,6 +26,22 @@ pub trait CausalLm {
     /// before, or [poisoned](crate::Error::Poisoned) if its layers cannot be rolled back. Other
     /// sequences are unchanged.
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor>;
+
+    /// As [`forward`](Self::forward), and returns each sequence's most probable next token, as
+    /// [`Greedy::choose`]. On a GPU a model may do work of the step that only the next one needs, such
+    /// as evictions, while the tokens are chosen.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward); an error of [`Greedy::choose`], after which the tokens have
+    /// been fed.
+    fn forward_greedy(
+        &mut self,
+        batch: &Batch,
+        ids: &[u32],
+        greedy: &mut Greedy,
+    ) -> Result<Vec<Result<u32>>> {
+        greedy.choose(&self.forward(batch, ids, Logits::Last)?)
+    }
 
     /// Makes `to` a copy of `from`. They share memory where possible.
     ///

@@ -327,13 +327,14 @@ fn a_prepared_step_that_fails_is_incomplete() {
     attend(&mut caches, &Batch::single(0, 5).unwrap()).unwrap();
     let batch = Batch::decode(&[0]).unwrap();
     let mut graphs = DecodeGraphs::new(&device, 8).unwrap();
-    let done =
-        graphs.step(&batch, &[7], &mut caches, &[], &mut |caches, batch, _| attend(caches, batch));
+    let mut attends =
+        |caches: &mut [Box<dyn KvCache>], batch: &Batch, _: &Tensor| attend(caches, batch);
+    let done = graphs.step(&batch, &[7], &mut caches, &[], &mut attends, |_| ());
     assert!(done.is_ok() && !graphs.take_incomplete());
     let fails = &mut |_: &mut [Box<dyn KvCache>], _: &Batch, _: &Tensor| {
         Err(Error::Unsupported("a test".into()))
     };
-    assert!(graphs.step(&batch, &[7], &mut caches, &[], fails).is_err());
+    assert!(graphs.step(&batch, &[7], &mut caches, &[], fails, |_| ()).is_err());
     assert!(graphs.take_incomplete() && !graphs.take_incomplete());
 }
 

@@ -5,11 +5,13 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{Batch, Result};
-use longctx_cuda::cudarc::driver::CudaStream;
 use longctx_cuda::cudarc::driver::result::stream::{self, StreamKind};
+use longctx_cuda::cudarc::driver::sys::CUgraphInstantiate_flags as InstantiateFlags;
+use longctx_cuda::cudarc::driver::sys::CUstreamCaptureMode as CaptureMode;
+use longctx_cuda::cudarc::driver::{CudaGraph, CudaStream};
 use longctx_kernels::paged::{self, EvictArgs};
 
-type Launch = Box<dyn FnOnce(&Arc<CudaStream>) -> Result<()> + Send>;
+pub type Launch = Box<dyn FnOnce(&Arc<CudaStream>) -> Result<()> + Send>;
 
 /// Launches of a [prepared step](Batch::with_prepared) that only the next step waits for, such as
 /// evictions. Those of a single layer do not fill the device, so they run at the end of the step,
@@ -95,12 +97,13 @@ pub unsafe fn evict_after_step(
 /// Launches of this many layers run at a time.
 const SIDE_STREAMS: usize = 8;
 
-/// Streams beside a main one.
+/// Streams beside a main one, for the launches of [`AfterStep`].
 ///
 /// cudarc does not know that they exist. Otherwise cudarc would record an event at every use of a
 /// device array.
 pub struct SideStreams {
     main: Arc<CudaStream>,
+    /// The others start after the first one, and the first one waits for them.
     streams: Vec<Arc<CudaStream>>,
 }
 
@@ -117,29 +120,59 @@ impl SideStreams {
         Ok(side)
     }
 
-    /// Runs a step of a batch, and then its [`AfterStep`]. The main stream waits for all of it.
-    pub fn run<T>(&self, batch: &Batch, step: impl FnOnce(&Batch) -> Result<T>) -> Result<T> {
+    /// Runs a step of a batch. Returns its result and the launches that it leaves to its end.
+    pub fn collect<T>(batch: &Batch, step: impl FnOnce(&Batch) -> T) -> (T, Vec<Launch>) {
         let after = Arc::new(AfterStep::default());
         let done = step(&batch.with_after_step(after.clone()));
-        // The caches count on these launches, also after an error.
-        let launched = self.finish(after.take());
-        let done = done?;
-        launched?;
-        Ok(done)
+        (done, after.take())
     }
 
-    /// Makes every launch, also after one has failed.
-    fn finish(&self, launches: Vec<Launch>) -> Result<()> {
+    /// Makes launches after the main stream's work so far. Its later work waits for them. Makes every
+    /// launch, also after one has failed.
+    pub fn run(&self, launches: Vec<Launch>) -> Result<()> {
+        if launches.is_empty() {
+            return Ok(());
+        }
+        let begun = self.streams[0].join(&self.main);
+        let launched = self.spread(launches);
+        self.main.join(&self.streams[0])?;
+        begun?;
+        launched
+    }
+
+    /// Like [`run`](Self::run), for captured launches.
+    pub fn run_graph(&self, graph: &CudaGraph) -> Result<()> {
+        self.streams[0].join(&self.main)?;
+        graph.launch()?;
+        Ok(self.main.join(&self.streams[0])?)
+    }
+
+    /// Captures launches for [`run_graph`](Self::run_graph); `None` if there are none.
+    pub fn capture(&self, launches: Vec<Launch>) -> Result<Option<CudaGraph>> {
+        if launches.is_empty() {
+            return Ok(None);
+        }
+        self.streams[0].begin_capture(CaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        let launched = self.spread(launches);
+        let flags = InstantiateFlags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = self.streams[0].end_capture(flags);
+        launched?;
+        Ok(graph?)
+    }
+
+    /// Distributes launches over the streams.
+    fn spread(&self, launches: Vec<Launch>) -> Result<()> {
         let used = &self.streams[..launches.len().min(self.streams.len())];
+        let (first, others) = (&self.streams[0], &used[1..]);
         let mut done = Ok(());
         let mut note = |result: Result<()>| {
             if done.is_ok() {
                 done = result;
             }
         };
-        used.iter().for_each(|stream| note(stream.join(&self.main).map_err(Into::into)));
+        others.iter().for_each(|stream| note(stream.join(first).map_err(Into::into)));
         launches.into_iter().zip(used.iter().cycle()).for_each(|(launch, on)| note(launch(on)));
-        used.iter().for_each(|stream| note(self.main.join(stream).map_err(Into::into)));
+        others.iter().for_each(|stream| note(first.join(stream).map_err(Into::into)));
         done
     }
 }

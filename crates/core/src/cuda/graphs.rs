@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::address;
-use super::after_step::SideStreams;
+use super::after_step::{Launch, SideStreams};
 use crate::{Batch, Error, KvCache, PreparedDecode, PreparedStep, Result, StepLists};
 use candle_core::{CudaDevice, DType, Device, Shape, Tensor};
 use longctx_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -59,6 +59,8 @@ enum State {
 
 struct Captured {
     graph: CudaGraph,
+    /// The launches at the end of the step.
+    end: Option<CudaGraph>,
     /// The graph's input, `[sequences]`, which it copies from the lists.
     _ids: Tensor,
     /// The graph's output, overwritten by each launch. A graph frees all memory that it allocates,
@@ -111,8 +113,13 @@ impl DecodeGraphs {
         std::mem::take(&mut self.incomplete)
     }
 
-    /// Runs a decode step of sequences that have tokens, and returns its logits. `states`: device
-    /// addresses that `forward` uses besides the caches, and that can differ between steps.
+    /// Runs a decode step of sequences that have tokens, and returns what `read` returns for its
+    /// logits. `states`: device addresses that `forward` uses besides the caches, and that can differ
+    /// between steps.
+    ///
+    /// Launches that only the next step waits for, such as evictions, follow those of `read`. If `read`
+    /// starts to [choose tokens](crate::Greedy::start), the host can wait for them while the device
+    /// evicts. A panic in `read` leaves the step [incomplete](Self::take_incomplete).
     ///
     /// The step runs as usual if it has too many sequences, if a cache has no [prepared
     /// steps](KvCache::prepared_decode) or no memory, or if `forward` cannot be captured.
@@ -120,14 +127,15 @@ impl DecodeGraphs {
     /// # Errors
     /// Those of `forward` and of the caches. Some of the caches may have advanced then; see
     /// [`take_incomplete`](Self::take_incomplete).
-    pub fn step(
+    pub fn step<T>(
         &mut self,
         batch: &Batch,
         ids: &[u32],
         caches: &mut [Box<dyn KvCache>],
         states: &[u64],
         forward: &mut Forward<'_>,
-    ) -> Result<Tensor> {
+        read: impl FnOnce(Tensor) -> T,
+    ) -> Result<T> {
         self.incomplete = false;
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
@@ -136,16 +144,23 @@ impl DecodeGraphs {
             false => caches.iter_mut().map(|cache| prepares(cache, batch)).collect(),
         };
         let Some(layers) = layers else {
-            return forward(caches, batch, &ids_on(&self.device, ids)?);
+            return Ok(read(forward(caches, batch, &ids_on(&self.device, ids)?)?));
         };
         self.incomplete = true;
         let memory = self.prepare(batch, ids, layers, states)?;
-        let logits = self.run(&batch.with_prepared(memory), ids, memory, caches, forward)?;
+        let (logits, end) = self.run(&batch.with_prepared(memory), ids, memory, caches, forward)?;
+        let out = read(logits);
+        match (end, self.captured_end(seqs)) {
+            (Some(launches), _) => self.side.run(launches)?,
+            (None, Some(graph)) => self.side.run_graph(graph)?,
+            (None, None) => {}
+        }
         self.incomplete = false;
-        Ok(logits)
+        Ok(out)
     }
 
-    /// Runs a prepared step.
+    /// Runs a prepared step. Returns its logits and the launches at its end; `None` if these are
+    /// captured.
     fn run(
         &mut self,
         batch: &Batch,
@@ -153,7 +168,7 @@ impl DecodeGraphs {
         memory: PreparedStep,
         caches: &mut [Box<dyn KvCache>],
         forward: &mut Forward<'_>,
-    ) -> Result<Tensor> {
+    ) -> Result<(Tensor, Option<Vec<Launch>>)> {
         let seqs = batch.seqs().len();
         self.steps += 1;
         let known = self.graphs.get_mut(&seqs);
@@ -162,30 +177,34 @@ impl DecodeGraphs {
             let ids = ids_on(&self.device, ids)?;
             // Shapes and strides that candle copies to the device are kept for the capture.
             let _kept = self.device.enable_cuda_graph_htod_cache();
-            let logits = self.side.run(batch, |batch| forward(caches, batch, &ids))?;
+            let (logits, end) = launch(batch, &ids, caches, forward)?;
             let (last_used, layout) = (self.steps, self.lists.layout().to_vec());
             let state = State::Ready(logits.shape().clone(), logits.dtype());
             self.graphs.insert(seqs, Graph { last_used, layout, memory, state });
             self.drop_oldest();
-            return Ok(logits);
+            return Ok((logits, end));
         };
         known.last_used = self.steps;
         if let State::Ready(shape, dtype) = &known.state {
             let logits = Tensor::zeros(shape, *dtype, &Device::Cuda(self.device.clone()))?;
-            let forward: &mut Forward<'_> =
-                &mut |caches, batch, ids| self.side.run(batch, |batch| forward(caches, batch, ids));
-            known.state = capture(&self.device, batch, memory, caches, forward, logits)?;
+            known.state =
+                capture((&self.device, &self.side), batch, memory, caches, forward, logits)?;
         }
         match &known.state {
             State::Captured(step) => {
                 step.graph.launch()?;
                 self.replayed += 1;
-                Ok(step.logits.copy()?)
+                Ok((step.logits.copy()?, None))
             }
-            _ => {
-                let ids = ids_on(&self.device, ids)?;
-                self.side.run(batch, |batch| forward(caches, batch, &ids))
-            }
+            _ => launch(batch, &ids_on(&self.device, ids)?, caches, forward),
+        }
+    }
+
+    /// Returns the captured launches at the end of a step of `seqs` sequences, if there are any.
+    fn captured_end(&self, seqs: usize) -> Option<&CudaGraph> {
+        match &self.graphs.get(&seqs)?.state {
+            State::Captured(step) => step.end.as_ref(),
+            _ => None,
         }
     }
 
@@ -240,9 +259,20 @@ fn prepares<'a>(
     if cache.can_append(batch) { cache.prepared_decode(batch) } else { None }
 }
 
+/// Launches the kernels of a prepared step one by one. Returns its logits and the launches at its end.
+fn launch(
+    batch: &Batch,
+    ids: &Tensor,
+    caches: &mut [Box<dyn KvCache>],
+    forward: &mut Forward<'_>,
+) -> Result<(Tensor, Option<Vec<Launch>>)> {
+    let (logits, end) = SideStreams::collect(batch, |batch| forward(caches, batch, ids));
+    Ok((logits?, Some(end)))
+}
+
 /// Captures a prepared step, which copies its output to `logits`. The lists start with the token ids.
 fn capture(
-    device: &CudaDevice,
+    (device, side): (&CudaDevice, &SideStreams),
     batch: &Batch,
     memory: PreparedStep,
     caches: &mut [Box<dyn KvCache>],
@@ -253,16 +283,19 @@ fn capture(
     let ids = Tensor::zeros(seqs, DType::U32, &Device::Cuda(device.clone()))?;
     let _kept = device.enable_cuda_graph_htod_cache();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    let done: Result<()> = (|| {
+    let (done, end) = SideStreams::collect(batch, |batch| -> Result<()> {
         let (to, stream) = (address(&ids)?, stream.cu_stream());
         // SAFETY: both hold an id per sequence, and the stream orders the copy.
         unsafe { result::memcpy_dtod_async(to, memory.lists, 4 * seqs, stream) }?;
         let out = forward(caches, batch, &ids)?.contiguous()?;
         Ok(logits.slice_set(&out, 0, 0)?)
-    })();
+    });
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    match (done, stream.end_capture(flags)) {
-        (Ok(()), Ok(Some(graph))) => Ok(State::Captured(Captured { graph, _ids: ids, logits })),
+    let graph = stream.end_capture(flags);
+    match (done, graph, side.capture(end)) {
+        (Ok(()), Ok(Some(graph)), Ok(end)) => {
+            Ok(State::Captured(Captured { graph, end, _ids: ids, logits }))
+        }
         _ => {
             // The step runs without a graph, so the errors of the capture are of no further use.
             _ = stream.context().check_err();

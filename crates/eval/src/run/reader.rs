@@ -251,8 +251,7 @@ impl Reader {
         let started = Instant::now();
         let (seqs, ids): (Vec<_>, Vec<_>) = samples.iter().map(|s| (s.seq, s.last())).unzip();
         let tokens = Batch::decode(&seqs)
-            .and_then(|batch| self.model.forward(&batch, &ids, Logits::Last))
-            .and_then(|logits| self.greedy.choose(&logits));
+            .and_then(|batch| self.model.forward_greedy(&batch, &ids, &mut self.greedy));
         let tokens = match tokens {
             Err(_) if samples.len() > 1 => {
                 return samples.chunks_mut(1).flat_map(|sample| self.step(sample)).collect();

@@ -139,7 +139,7 @@ impl Session {
                 snapshots,
             })
         };
-        graphs.step(batch, ids, &mut self.caches, &addresses, &mut forward).map(Some)
+        graphs.step(batch, ids, &mut self.caches, &addresses, &mut forward, Some)
     }
 
     /// Records a decoded token of each sequence. A snapshot is a copy of the resulting state.
