@@ -105,8 +105,6 @@ fn scaling(raw: &Fields, fields: &Fields, defaults: &RopeDefaults) -> Result<Rop
         Some(kind) => Some(kind),
         None => fields.text("type")?,
     };
-    let missing =
-        |name: &str| Error::setting(format!("rope_scaling.{name}"), "a number", "nothing");
     let need = |name: &str| fields.float(name)?.ok_or_else(|| missing(name));
     let context = defaults.context;
     let name = "original_max_position_embeddings";
@@ -129,36 +127,8 @@ fn scaling(raw: &Fields, fields: &Fields, defaults: &RopeDefaults) -> Result<Rop
             high_freq_factor: need("high_freq_factor")?,
             original_context,
         },
-        Some("yarn") => {
-            let factor = match fields.float("factor")? {
-                Some(factor) => factor,
-                None if fields.has("factor") => extension,
-                None => return Err(missing("factor")),
-            };
-            let positive = |name| Ok::<_, Error>(fields.float(name)?.filter(|&x| x != 0.0));
-            RopeScaling::Yarn {
-                factor,
-                original_context,
-                attention_factor: yarn_attention_factor(fields, factor)?,
-                beta_fast: positive("beta_fast")?.unwrap_or(32.0),
-                beta_slow: positive("beta_slow")?.unwrap_or(1.0),
-                truncate: fields.switch("truncate")?.unwrap_or(true),
-            }
-        }
-        Some("longrope") => {
-            let list = |name: &str| fields.floats(name)?.ok_or_else(|| missing(name));
-            let factor = fields.float("factor")?.unwrap_or(extension);
-            let attention_factor = fields.float("attention_factor")?;
-            RopeScaling::LongRope {
-                short: list("short_factor")?,
-                long: list("long_factor")?,
-                original_context,
-                attention_factor: attention_factor.unwrap_or_else(|| {
-                    RopeScaling::long_rope_attention_factor(factor, original_context)
-                }),
-                length: context,
-            }
-        }
+        Some("yarn") => yarn(fields, original_context, extension)?,
+        Some("longrope") => long_rope(fields, original_context, extension, context)?,
         Some(other) => {
             let known = "default, linear, dynamic, llama3, yarn, longrope";
             return Err(Error::Unsupported(format!("rope scaling {other:?} (known: {known})")));
@@ -168,6 +138,50 @@ fn scaling(raw: &Fields, fields: &Fields, defaults: &RopeDefaults) -> Result<Rop
             return Err(Error::Unsupported(what.into()));
         }
         None => RopeScaling::None,
+    })
+}
+
+fn missing(name: &str) -> Error {
+    Error::setting(format!("rope_scaling.{name}"), "a number", "nothing")
+}
+
+/// Returns YaRN's scaling. A `factor` of null is `extension`: the model's context divided by the
+/// original one.
+fn yarn(fields: &Fields, original_context: usize, extension: f64) -> Result<RopeScaling> {
+    let factor = match fields.float("factor")? {
+        Some(factor) => factor,
+        None if fields.has("factor") => extension,
+        None => return Err(missing("factor")),
+    };
+    let positive = |name| Ok::<_, Error>(fields.float(name)?.filter(|&x| x != 0.0));
+    Ok(RopeScaling::Yarn {
+        factor,
+        original_context,
+        attention_factor: yarn_attention_factor(fields, factor)?,
+        beta_fast: positive("beta_fast")?.unwrap_or(32.0),
+        beta_slow: positive("beta_slow")?.unwrap_or(1.0),
+        truncate: fields.switch("truncate")?.unwrap_or(true),
+    })
+}
+
+/// Returns LongRoPE's scaling for sequences of `length` tokens. Without a `factor` it is
+/// `extension`.
+fn long_rope(
+    fields: &Fields,
+    original_context: usize,
+    extension: f64,
+    length: usize,
+) -> Result<RopeScaling> {
+    let list = |name: &str| fields.floats(name)?.ok_or_else(|| missing(name));
+    let factor = fields.float("factor")?.unwrap_or(extension);
+    let attention_factor = fields.float("attention_factor")?;
+    Ok(RopeScaling::LongRope {
+        short: list("short_factor")?,
+        long: list("long_factor")?,
+        original_context,
+        attention_factor: attention_factor
+            .unwrap_or_else(|| RopeScaling::long_rope_attention_factor(factor, original_context)),
+        length,
     })
 }
 

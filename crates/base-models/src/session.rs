@@ -160,7 +160,7 @@ impl Session {
                 continue;
             };
             if let Err(why) = self.caches.roll_back(seq, sequence.seen) {
-                sequence.poisoned = Some(format!("{error}; a layer can't go back: {why}"));
+                sequence.poisoned = Some(format!("{error}; a layer cannot be rolled back: {why}"));
             }
         }
     }

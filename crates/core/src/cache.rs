@@ -82,7 +82,8 @@ impl Step<'_> {
 /// *exact* attention and is compressed afterwards. A prompt fed in chunks sees the compressed cache
 /// of the earlier chunks.
 ///
-/// After an error every sequence is as it was before the call.
+/// After an error every sequence is as it was before the call, or, if a cache that evicts cannot
+/// restore it, [poisoned](Error::Poisoned).
 pub trait KvCache: Send {
     /// Returns the layer that the cache was made for.
     fn spec(&self) -> &LayerSpec;

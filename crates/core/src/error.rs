@@ -21,7 +21,7 @@ pub enum Error {
         /// The actual value.
         got: String,
     },
-    /// A setting that no cache, policy or model supports.
+    /// A setting with an invalid value.
     #[error("setting `{name}`: expected {expected}, got {got}")]
     Setting {
         /// The setting's name.
@@ -62,8 +62,9 @@ pub enum Error {
     /// A sequence that does not exist or has been removed.
     #[error("sequence {0} is not known")]
     UnknownSequence(SeqId),
-    /// A sequence whose layers saw different tokens because a call failed midway. Every call
-    /// returns this error until the sequence is removed.
+    /// A call failed midway and the sequence could not be restored: its layers have different
+    /// tokens, or a layer has lost entries. Every call with the sequence returns this error until
+    /// the sequence is removed.
     #[error("sequence {seq} cannot be used after a failed call: {reason}")]
     Poisoned {
         /// The sequence.

@@ -125,7 +125,8 @@ pub enum StopReason {
 /// ```
 ///
 /// # Errors
-/// An empty prompt, invalid sampling settings, and errors of the model.
+/// [`Error::Mismatch`] for an empty prompt; [`Error::Setting`] for invalid sampling settings or a
+/// chunk of 0 tokens; errors of the model.
 pub fn generate(
     model: &mut dyn CausalLm,
     seq: SeqId,
@@ -209,7 +210,8 @@ fn only(tokens: Vec<Result<u32>>) -> Result<u32> {
 /// vocab]`.
 ///
 /// # Errors
-/// An empty prompt, a chunk of 0, and errors of the model.
+/// [`Error::Mismatch`] for an empty prompt; [`Error::Setting`] for a chunk of 0 tokens; errors of
+/// the model.
 pub fn prefill(
     model: &mut dyn CausalLm,
     seq: SeqId,
@@ -234,6 +236,8 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// Creates a sampler.
+    ///
     /// # Errors
     /// [`Error::Setting`] if the temperature is not positive, `top_k` is 0 or `top_p` is outside
     /// (0, 1].

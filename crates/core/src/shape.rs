@@ -45,12 +45,16 @@ impl AttentionShape {
     /// [`Error::Setting`] if a dimension is zero, `kv_heads` does not divide `heads`, `window` is
     /// zero, or `scale` or `soft_cap` is not finite.
     pub fn check(&self) -> Result<()> {
-        for (name, value) in [("head_dim", self.head_dim), ("value_dim", self.value_dim)] {
-            if value == 0 {
-                return Err(Error::setting(name, "at least 1", value));
-            }
+        let sizes = [
+            ("heads", self.heads),
+            ("kv_heads", self.kv_heads),
+            ("head_dim", self.head_dim),
+            ("value_dim", self.value_dim),
+        ];
+        if let Some((name, size)) = sizes.into_iter().find(|(_, size)| *size == 0) {
+            return Err(Error::setting(name, "at least 1", size));
         }
-        if self.heads == 0 || self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             let expected = format!("a divisor of the {} query heads", self.heads);
             return Err(Error::setting("kv_heads", expected, self.kv_heads));
         }
@@ -221,7 +225,8 @@ mod tests {
     fn invalid_fields_are_named() {
         let shape = AttentionShape::new(6, 2, 8).unwrap();
         let wrong = [
-            ("kv_heads", AttentionShape { heads: 0, ..shape }),
+            ("heads", AttentionShape { heads: 0, ..shape }),
+            ("kv_heads", AttentionShape { kv_heads: 0, ..shape }),
             ("kv_heads", AttentionShape { kv_heads: 4, ..shape }),
             ("head_dim", AttentionShape { head_dim: 0, ..shape }),
             ("value_dim", AttentionShape { value_dim: 0, ..shape }),
@@ -232,7 +237,7 @@ mod tests {
         for (name, shape) in wrong {
             let error = DenseStore::new(shape, DType::F32).unwrap_err();
             assert!(matches!(&error, Error::Setting { .. }), "{error}");
-            assert!(error.to_string().contains(name), "{error}");
+            assert!(error.to_string().contains(&format!("`{name}`")), "{error}");
         }
         assert!(AttentionShape::new(6, 2, 0).is_err());
     }

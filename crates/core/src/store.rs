@@ -310,6 +310,9 @@ pub fn check_lens(seq: SeqId, lens: &[usize], held: &[usize]) -> Result<()> {
 }
 
 /// Checks a range of entries against the number of a head's entries.
+///
+/// # Errors
+/// [`Error::Mismatch`] if the range is reversed or ends past the last entry.
 pub fn check_range(entries: &Range<usize>, len: usize) -> Result<()> {
     if entries.start > entries.end || entries.end > len {
         let expected = format!("a range within {len}");

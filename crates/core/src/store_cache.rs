@@ -1,5 +1,6 @@
 //! A cache over one store: the part that exact, windowed and latent caches share.
 
+use crate::store::had_room;
 use crate::{
     Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, PreparedDecode, Result, SeenTokens,
     Selection, SeqId, Step, StepLists, check_unseen,
@@ -18,10 +19,11 @@ pub trait CacheStrategy<S: KvStore>: Send {
     /// Those of the store. The cache removes what was appended before the error.
     fn attend(&self, spec: &LayerSpec, store: &mut S, step: &Step<'_>) -> Result<Tensor>;
 
-    /// Appends the tokens of new sequences without attention.
+    /// Appends the tokens of new sequences without attention. The default implementation appends
+    /// all of them to the store.
     ///
     /// # Errors
-    /// As [`KvStore::append`].
+    /// As [`attend`](Self::attend).
     fn append_prompt(&self, _: &LayerSpec, store: &mut S, step: &Step<'_>) -> Result<()> {
         store.append(step.batch, step.k, step.v)
     }
@@ -30,10 +32,14 @@ pub trait CacheStrategy<S: KvStore>: Send {
     /// drops the oldest ones only.
     ///
     /// # Errors
-    /// Those of the store.
+    /// Those of the store. [`Error::PoolFull`] postpones the eviction: dropping entries of blocks
+    /// that forks share needs room for copies. The cache then keeps the entries until a later call,
+    /// and its call succeeds. After any other error the call fails, but its tokens stay in the
+    /// cache.
     fn evict(&self, spec: &LayerSpec, store: &mut S, batch: &Batch) -> Result<()>;
 
-    /// Returns whether the store has room for a batch.
+    /// Returns whether the store has room for a batch. The default implementation asks the store,
+    /// as for a strategy that appends every token.
     fn can_append(&self, store: &S, batch: &Batch) -> bool {
         store.can_append(batch)
     }
@@ -147,10 +153,16 @@ impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
         self.strategy.attend(&self.spec, &mut self.store, &Step { q: &q, k: &k, ..*step })
     }
 
-    /// Counts the tokens of a batch as seen, and drops entries.
+    /// Counts the tokens of a batch as seen, and drops entries if there is room for the copies of
+    /// shared blocks.
     fn advance(&mut self, batch: &Batch) -> Result<()> {
         self.seen.advance(batch);
-        self.strategy.evict(&self.spec, &mut self.store, batch)
+        had_room(self.strategy.evict(&self.spec, &mut self.store, batch)).map(drop)
+    }
+
+    /// Returns the number of entries of each sequence of a batch.
+    fn lens(&self, batch: &Batch) -> Vec<usize> {
+        batch.seqs().iter().map(|&seq| self.store.len(seq)).collect()
     }
 }
 
@@ -167,7 +179,7 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         }
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
         let rotated = Step { q: &q, k: &k, ..*step };
-        let lens: Vec<_> = step.batch.seqs().iter().map(|&seq| self.store.len(seq)).collect();
+        let lens = self.lens(step.batch);
         match self.strategy.attend(&self.spec, &mut self.store, &rotated) {
             Ok(out) => self.advance(step.batch).map(|()| out),
             Err(error) => {
@@ -182,8 +194,14 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         check_unseen(self, step.batch)?;
         let (_, k) = step.rotate(&self.spec, |_| 0)?;
         let rotated = Step { k: &k, ..*step };
-        self.strategy.append_prompt(&self.spec, &mut self.store, &rotated)?;
-        self.advance(step.batch)
+        let lens = self.lens(step.batch);
+        match self.strategy.append_prompt(&self.spec, &mut self.store, &rotated) {
+            Ok(()) => self.advance(step.batch),
+            Err(error) => {
+                self.roll_back(step.batch, &lens);
+                Err(error)
+            }
+        }
     }
 
     fn prepared_decode(&mut self, _: &Batch) -> Option<&mut dyn PreparedDecode> {
@@ -297,10 +315,7 @@ pub fn append_and_attend<S: KvStore>(
 pub(crate) fn drop_oldest<S: KvStore>(store: &mut S, seq: SeqId, count: usize) -> Result<()> {
     let newest = (count as u32..store.len(seq) as u32).collect();
     let keep = Selection::uniform(store.shape().kv_heads, newest);
-    match store.retain(seq, &keep) {
-        Err(Error::PoolFull { .. }) => Ok(()),
-        other => other,
-    }
+    had_room(store.retain(seq, &keep)).map(drop)
 }
 
 #[cfg(test)]
@@ -309,55 +324,100 @@ mod tests {
     use crate::{AttentionShape, DenseStore};
     use candle_core::{DType, Device};
 
-    /// Attends to everything; fails after appending while `broken`.
-    struct Exact {
+    /// Attends to everything and keeps the newest `newest` entries. Fails after appending while
+    /// `broken`.
+    struct Newest {
+        newest: usize,
         broken: bool,
     }
 
-    impl CacheStrategy<DenseStore> for Exact {
+    impl CacheStrategy<DenseStore> for Newest {
         fn attend(
             &self,
             spec: &LayerSpec,
             store: &mut DenseStore,
             step: &Step<'_>,
         ) -> Result<Tensor> {
-            store.append(step.batch, step.k, step.v)?;
-            if self.broken {
-                return Err(Error::Unsupported("attention".into()));
-            }
+            self.append_prompt(spec, store, step)?;
             spec.output(store.attend(step.batch, step.q, Mask::Causal)?, step.q.dtype())
         }
 
-        fn evict(&self, _: &LayerSpec, _: &mut DenseStore, _: &Batch) -> Result<()> {
+        fn append_prompt(
+            &self,
+            _: &LayerSpec,
+            store: &mut DenseStore,
+            step: &Step<'_>,
+        ) -> Result<()> {
+            store.append(step.batch, step.k, step.v)?;
+            match self.broken {
+                true => Err(Error::Unsupported("attention".into())),
+                false => Ok(()),
+            }
+        }
+
+        fn evict(&self, spec: &LayerSpec, store: &mut DenseStore, batch: &Batch) -> Result<()> {
+            for &seq in batch.seqs() {
+                let len = store.len(seq);
+                let newest = (len.saturating_sub(self.newest) as u32..len as u32).collect();
+                store.retain(seq, &Selection::uniform(spec.shape.kv_heads, newest))?;
+            }
             Ok(())
         }
     }
 
-    #[test]
-    fn a_failed_attention_changes_nothing() {
+    fn cache(newest: usize, bytes: usize) -> StoreCache<DenseStore, Newest> {
         let spec = LayerSpec::new(AttentionShape::new(4, 2, 32).unwrap());
-        let cache = || {
-            let store = DenseStore::new(spec.shape, DType::F32).unwrap();
-            StoreCache::with_strategy(spec.clone(), store, Exact { broken: false }).unwrap()
-        };
-        let (mut cache, mut whole) = (cache(), cache());
-        let random =
-            |heads, tokens| Tensor::randn(0f32, 1., (tokens, heads, 32), &Device::Cpu).unwrap();
+        let store = DenseStore::with_capacity(spec.shape, DType::F32, bytes).unwrap();
+        StoreCache::with_strategy(spec, store, Newest { newest, broken: false }).unwrap()
+    }
+
+    /// Queries, keys and values of a batch.
+    fn random(batch: &Batch) -> [Tensor; 3] {
+        [4, 2, 2].map(|heads| {
+            Tensor::randn(0f32, 1., (batch.tokens(), heads, 32), &Device::Cpu).unwrap()
+        })
+    }
+
+    fn numbers(x: &Tensor) -> Vec<f32> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn a_failed_call_changes_nothing() {
+        let (mut cache, mut whole) = (cache(100, usize::MAX), cache(100, usize::MAX));
         // The second call has a new sequence, too.
         for (i, parts) in [&[(0, 9)][..], &[(0, 3), (1, 5)]].into_iter().enumerate() {
             let batch = Batch::new(parts).unwrap();
-            let (q, k, v) =
-                (random(4, batch.tokens()), random(2, batch.tokens()), random(2, batch.tokens()));
+            let [q, k, v] = random(&batch);
             let step = Step { batch: &batch, q: &q, k: &k, v: &v };
             cache.strategy.broken = true;
             let before = (cache.seen(0), cache.store.len(0));
             assert!(cache.attend(&step).is_err());
+            assert!(cache.append_prompt(&step, None).is_err());
             assert_eq!((cache.seen(0), cache.store.len(0)), before, "call {i}");
             assert_eq!((cache.seen(1), cache.store.len(1)), (0, 0), "call {i}");
             cache.strategy.broken = false;
             let (got, want) = (cache.attend(&step).unwrap(), whole.attend(&step).unwrap());
-            let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(numbers(&got), numbers(&want), "call {i}");
         }
+    }
+
+    #[test]
+    fn an_eviction_without_room_is_postponed() {
+        // Blocks of 32 entries of one head in f32. Two heads of 64 entries have 4 blocks; the next
+        // entry takes 2 more, and copies of the 4 shared ones do not fit.
+        const BLOCK: usize = 32 * (32 + 32) * 4;
+        let mut cache = cache(64, 7 * BLOCK);
+        let attend = |cache: &mut StoreCache<_, _>, tokens| {
+            let batch = Batch::single(0, tokens).unwrap();
+            let [q, k, v] = random(&batch);
+            cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
+            (cache.seen(0), cache.held(0))
+        };
+        assert_eq!(attend(&mut cache, 64), (64, 64));
+        cache.fork(0, 1).unwrap();
+        assert_eq!(attend(&mut cache, 1), (65, 65));
+        cache.remove(1);
+        assert_eq!(attend(&mut cache, 1), (66, 64));
     }
 }

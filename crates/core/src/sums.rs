@@ -19,14 +19,28 @@ pub struct AttentionSums {
 }
 
 impl AttentionSums {
-    /// Creates the sums from one list per query head.
+    /// Creates the sums from one list per query head, of which `group` share a kv head. The lists
+    /// of a kv head have one element per entry.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the number of lists is not a multiple of `group`, or the lists of a
+    /// kv head differ in length.
     pub fn from_lists(lists: &[Vec<f32>], group: usize, device: &Device) -> Result<Self> {
-        let lens: Vec<_> = lists.chunks(group).map(|heads| heads[0].len()).collect();
-        Self::new(
-            Tensor::from_vec(lists.concat(), group * lens.iter().sum::<usize>(), device)?,
-            group,
-            lens,
-        )
+        if group == 0 || !lists.len().is_multiple_of(group) {
+            let expected = format!("a multiple of the {group} query heads of a kv head");
+            return Err(Error::mismatch("lists of attention sums", expected, lists.len()));
+        }
+        let kv_heads = lists.chunks_exact(group);
+        if let Some(heads) =
+            kv_heads.clone().find(|heads| heads.iter().any(|x| x.len() != heads[0].len()))
+        {
+            let got = format!("{:?}", heads.iter().map(Vec::len).collect::<Vec<_>>());
+            let what = "entries of the query heads of a kv head";
+            return Err(Error::mismatch(what, "equal numbers", got));
+        }
+        let lens: Vec<_> = kv_heads.map(|heads| heads[0].len()).collect();
+        let all = lists.concat();
+        Self::new(Tensor::from_vec(all, group * lens.iter().sum::<usize>(), device)?, group, lens)
     }
 
     /// Creates the sums from one tensor `[group, entries]` per kv head.
@@ -130,5 +144,24 @@ impl AttentionSums {
         let first = self.group * self.lens[..kv_heads.start].iter().sum::<usize>();
         let own = self.sums.narrow(0, first, self.group * lens[0] * lens.len())?;
         Ok(own.reshape((lens.len(), self.group, lens[0]))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_that_are_not_groups_are_refused() {
+        let sums = |lens: &[usize], group| {
+            let lists: Vec<_> = lens.iter().map(|&len| vec![1.0; len]).collect();
+            AttentionSums::from_lists(&lists, group, &Device::Cpu)
+        };
+        assert_eq!(sums(&[3, 3, 5, 5], 2).unwrap().lens(), [3, 5]);
+        assert_eq!(sums(&[], 2).unwrap().lens(), [0; 0]);
+        for (lens, group) in [(&[3, 3][..], 0), (&[3, 3, 5], 2), (&[3, 5], 2)] {
+            let error = sums(lens, group).unwrap_err();
+            assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        }
     }
 }

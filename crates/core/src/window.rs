@@ -10,7 +10,7 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 
 /// Returns a function that makes the caches of a model with two kinds of layers: `windowed` for
-/// layers with a sliding window, `full` for the others.
+/// layers with a sliding window, `full` for the others. It returns the errors of the two.
 ///
 /// ```
 /// use candle_core::DType;

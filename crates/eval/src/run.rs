@@ -52,6 +52,16 @@ pub struct Shard {
 impl Shard {
     /// The whole run.
     pub const WHOLE: Self = Self { index: 1, count: 1 };
+
+    fn check(self) -> Result<()> {
+        if self.count == 0 {
+            return Err(Error::setting("number of shards", "at least 1", 0));
+        }
+        match (1..=self.count).contains(&self.index) {
+            true => Ok(()),
+            false => Err(Error::setting("shard", format!("1 to {}", self.count), self.index)),
+        }
+    }
 }
 
 /// A run.
@@ -139,13 +149,7 @@ pub fn run(
     methods: &Methods<'_>,
     on_event: &mut dyn FnMut(Event<'_>),
 ) -> Result<Summary> {
-    if plan.shard.count == 0 {
-        return Err(Error::setting("number of shards", "at least 1", 0));
-    }
-    if !(1..=plan.shard.count).contains(&plan.shard.index) {
-        let expected = format!("1 to {}", plan.shard.count);
-        return Err(Error::setting("shard", expected, plan.shard.index));
-    }
+    plan.shard.check()?;
     plan.settings.iter().try_for_each(|setting| methods.check(setting))?;
     // The folder first: generating questions can take long.
     join(&plan.folder, &plan.manifest())?;

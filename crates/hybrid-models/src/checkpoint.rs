@@ -82,6 +82,26 @@ impl Checkpoint {
         }
     }
 
+    /// Returns the shape of a tensor that the model needs.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it does not exist.
+    pub fn required_shape(&self, name: &str) -> Result<Vec<usize>> {
+        self.shape(name).ok_or_else(|| self.missing(&[name]))
+    }
+
+    /// Returns the dimensions of a matrix that the model needs. `expected` describes them in the
+    /// error.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it does not exist; [`Error::Mismatch`] if it is not a matrix.
+    pub fn matrix_dims(&self, name: &str, expected: &str) -> Result<[usize; 2]> {
+        self.required_shape(name)?.try_into().map_err(|shape: Vec<usize>| {
+            let what = format!("tensor {name:?} in {}", self.path.display());
+            Error::mismatch(what, expected, format!("{shape:?}"))
+        })
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.shape(name).is_some()
     }
@@ -127,7 +147,7 @@ impl Checkpoint {
     /// Compares the shape before any data is read.
     fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.read.insert(name);
-        let dims = self.shape(name).ok_or_else(|| self.missing(&[name]))?;
+        let dims = self.required_shape(name)?;
         let ones = dims.len().saturating_sub(shape.len());
         if dims[ones..] != *shape || dims[..ones].iter().any(|&d| d != 1) {
             let what = format!("tensor {name:?} in {}", self.path.display());

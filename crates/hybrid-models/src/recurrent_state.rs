@@ -164,5 +164,5 @@ impl SequenceStates {
 
 #[cfg(feature = "cuda")]
 fn other_place() -> Error {
-    Error::mismatch("the place of a state", "that of the model", "another")
+    Error::mismatch("device of a state", "that of the model", "another")
 }

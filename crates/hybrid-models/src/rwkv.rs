@@ -125,9 +125,7 @@ pub fn load(config: &Value, w: &Checkpoint) -> Result<HostModel> {
     let names = Names::of(w)?;
     let version = version(w, &names)?;
     let embeddings = names.top("emb.weight");
-    let &[vocab, hidden] = w.shape(&embeddings).unwrap_or_default().as_slice() else {
-        return Err(Error::mismatch(embeddings, "[vocabulary, hidden]", "another shape"));
-    };
+    let [vocab, hidden] = w.matrix_dims(&embeddings, "[vocabulary, hidden]")?;
     let layers = (0..).take_while(|&i| w.has(&names.block(i, "ln1.weight"))).count();
     for (name, of_tensors) in [
         ("vocab_size", vocab as u64),
@@ -194,7 +192,7 @@ pub fn channel_mix_of_v5(w: &Checkpoint, name: &str, hidden: usize) -> Result<Bo
 
 /// Returns the shape of a tensor `[heads, head_dim]` that fills the hidden size.
 fn heads(w: &Checkpoint, name: &str, hidden: usize) -> Result<(usize, usize)> {
-    match w.shape(name).unwrap_or_default().as_slice() {
+    match w.required_shape(name)?.as_slice() {
         &[heads, size] if heads * size == hidden => Ok((heads, size)),
         other => {
             let expected = format!("[heads, {hidden} / heads]");

@@ -85,8 +85,8 @@ impl Session {
     }
 
     /// Captures decode steps of at most `max_seqs` sequences in CUDA graphs, one for each number of
-    /// sequences, and replays them while the same sequences decode. Models in f32, and attention layers whose caches do not
-    /// support it, run as usual.
+    /// sequences, and replays them while the same sequences decode. Models in f32, and attention
+    /// layers whose caches do not support it, run as usual.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the model is not on a CUDA device.
@@ -241,7 +241,7 @@ impl Session {
             if !self.model.device().is_cpu() {
                 sequence.poisoned = Some(error.to_string());
             } else if let Err(why) = self.caches.roll_back(seq, sequence.seen) {
-                sequence.poisoned = Some(format!("{error}; a layer can't go back: {why}"));
+                sequence.poisoned = Some(format!("{error}; a layer cannot be rolled back: {why}"));
             }
         }
     }
@@ -288,8 +288,9 @@ impl CausalLm for Session {
             || self.model.spec.state_size() == 0
             || sequence.snapshots.iter().any(|&(at, _)| at == len);
         if !known {
-            let what = "a recurrent state goes back to its snapshots alone, and sequence";
-            return Err(Error::Unsupported(format!("{what} {seq} has none at {len} tokens")));
+            let what = format!("truncating sequence {seq} to {len} tokens");
+            let why = "a recurrent state can be restored only at a snapshot, and none is there";
+            return Err(Error::Unsupported(format!("{what}: {why}")));
         }
         self.caches.check_truncate(seq, len)
     }

@@ -9,7 +9,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting that no format supports.
+    /// A setting with an invalid value.
     #[error("setting `{name}`: expected {expected}, got {got}")]
     Setting {
         /// The setting's name.

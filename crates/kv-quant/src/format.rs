@@ -72,7 +72,7 @@ impl Format {
         }
         if flush == Flush::Immediate && keys.axis == Axis::Tokens {
             let expected = "a flush in whole groups for keys that are quantized along tokens";
-            return Err(Error::setting("flush", expected, "an immediate one"));
+            return Err(Error::setting("flush", expected, format!("{flush:?}")));
         }
         let format = Self { keys, values, flush, basis: KeyBasis::Given };
         let together = values.tokens_together();
@@ -80,7 +80,7 @@ impl Format {
             && (together != format.block_tokens() || !matches!(flush, Flush::Rolling(_)))
         {
             let expected = "a rolling flush with keys along tokens in groups of the values' tile";
-            return Err(Error::setting("flush", expected, "another"));
+            return Err(Error::setting("flush", expected, format!("{flush:?}")));
         }
         if let Flush::Staggered(residual) = flush
             && (residual == 0 || !residual.is_multiple_of(format.block_tokens()))

@@ -281,6 +281,26 @@ fn a_full_pool_changes_nothing() {
     }
 }
 
+/// An engine may ask for a request without a limit of tokens.
+#[test]
+fn a_request_of_any_length_can_be_asked_for() {
+    for empty in with_bases() {
+        for held in [0, 150] {
+            let mut pool = empty.clone();
+            if held > 0 {
+                feed(&mut pool, 1, 0, held);
+            }
+            for tokens in [1 << 40, usize::MAX] {
+                assert!(pool.can_append(&[1], &[0, tokens]));
+                assert!(pool.bytes_needed(&[1], &[0, tokens]).unwrap() > 1 << 30);
+                assert!(!pool.clone().with_capacity(1 << 30).can_append(&[1], &[0, tokens]));
+                let error = pool.append::<f32>(&[1], &[0, tokens], &[], &[]).unwrap_err();
+                assert!(matches!(error, Error::Mismatch { what: "keys", .. }), "{error}");
+            }
+        }
+    }
+}
+
 /// An engine asks once, for all tokens of a request, and then appends them in any parts.
 #[test]
 fn tokens_for_which_there_is_room_can_be_appended_in_parts() {

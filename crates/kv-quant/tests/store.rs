@@ -129,6 +129,22 @@ fn attention_of_an_unknown_sequence_is_empty() {
 }
 
 #[test]
+fn a_log_sum_exp_of_another_shape_is_refused() {
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = QuantStore::new(shape, formats()[0]).unwrap();
+    append(&mut store, &[5, 3]);
+    let q = random(2, 4, 64);
+    // The log-sum-exp of a sequence that the store does not know is not read.
+    for batch in [batch(&[1, 1]), Batch::decode(&[99, SEQS[0]]).unwrap()] {
+        for dims in [(1, 4), (4, 2), (3, 4)] {
+            let lse = Tensor::zeros(dims, DType::F32, &Device::Cpu).unwrap();
+            let error = store.attention_sums(&batch, &q, &lse, Mask::Full).unwrap_err();
+            assert!(error.to_string().contains("lse: expected [2, 4]"), "{error}");
+        }
+    }
+}
+
+#[test]
 fn retained_entries_are_unchanged_and_others_are_freed() {
     let shape = AttentionShape::new(4, 2, 64).unwrap();
     for format in formats() {

@@ -270,7 +270,7 @@ impl<M: CausalLm> LlmLingua<M> {
             let got = format!("{:?}", documents.ranges);
             return Err(Error::mismatch("documents", "at least one, on character boundaries", got));
         }
-        let target = self.tokens(&texts, instruction, question, target)?;
+        let target = self.target_tokens(&texts, instruction, question, target)?;
         let kept = self.select_coarse(documents, question, target)?;
         let compressed = match self.settings.drop_tokens {
             true => self.select_tokens(&kept, source, question, target, segments)?,
@@ -291,8 +291,9 @@ impl<M: CausalLm> LlmLingua<M> {
         })
     }
 
-    /// Returns the tokens of the kept documents.
-    fn tokens(
+    /// Returns the number of document tokens to keep: the target, for a rate without the tokens of
+    /// the instruction and the question.
+    fn target_tokens(
         &self,
         texts: &[&str],
         instruction: &str,
@@ -388,13 +389,13 @@ impl<M: CausalLm> LlmLingua<M> {
 /// Returns for each token whether it shares a character with the previous one.
 fn continues_character(text: &str, tokens: &[Range<usize>]) -> Vec<bool> {
     let mut end = 0;
-    let goes_on = |token: &Range<usize>| {
+    let continues = |token: &Range<usize>| {
         let inside =
             !token.is_empty() && (token.start < end || !text.is_char_boundary(token.start));
         end = token.end;
         inside
     };
-    tokens.iter().map(goes_on).collect()
+    tokens.iter().map(continues).collect()
 }
 
 /// Adds the instruction before and the question after, with empty lines between. Parts of only

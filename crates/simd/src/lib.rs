@@ -37,21 +37,21 @@ macro_rules! wide {
 }
 
 wide! {
-    /// Returns `a · b`.
+    /// Returns `a · b` of slices of equal length.
     fn dot[simd](a: &'a [f32], b: &'a [f32]) -> f32 {
         vector::dot(simd, a, b)
     }
 }
 
 wide! {
-    /// Computes `out += weight * x`.
+    /// Computes `out += weight * x`. Elements beyond the shorter slice are ignored.
     fn add_scaled(weight: f32, x: &'a [f32], out: &'a mut [f32]) -> () {
         out.iter_mut().zip(x).for_each(|(out, x)| *out += weight * x);
     }
 }
 
 wide! {
-    /// Computes `out += x`.
+    /// Computes `out += x`. Elements beyond the shorter slice are ignored.
     fn add(x: &'a [f32], out: &'a mut [f32]) -> () {
         out.iter_mut().zip(x).for_each(|(out, x)| *out += x);
     }

@@ -19,7 +19,8 @@ impl<'a> Matrix<'a> {
     /// # Panics
     /// If `data` does not have `rows * columns` elements.
     pub fn new(data: &'a [f32], rows: usize, columns: usize) -> Self {
-        assert_eq!(data.len(), rows * columns, "a {rows} x {columns} matrix");
+        let (len, elements) = (data.len(), rows.checked_mul(columns));
+        assert_eq!(Some(len), elements, "{len} elements for a {rows} x {columns} matrix");
         Self { data, rows, columns, row_stride: columns, column_stride: 1 }
     }
 
@@ -28,8 +29,9 @@ impl<'a> Matrix<'a> {
     /// # Panics
     /// If `data` is too short.
     pub fn with_stride(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        let end = if columns == 0 { 0 } else { rows.saturating_sub(1) * row_stride + columns };
-        assert!(rows == 0 || end <= data.len(), "a {rows} x {columns} matrix does not fit");
+        let row_stride = stride(rows, columns, row_stride);
+        let fits = end(rows, columns, row_stride).is_some_and(|end| end <= data.len());
+        assert!(fits, "a {rows} x {columns} matrix does not fit");
         Self { data, rows, columns, row_stride, column_stride: 1 }
     }
 
@@ -43,6 +45,20 @@ impl<'a> Matrix<'a> {
             column_stride: self.row_stride,
         }
     }
+}
+
+/// Returns the index after the last element of a matrix; `None` if it exceeds `usize`.
+fn end(rows: usize, columns: usize, row_stride: usize) -> Option<usize> {
+    match rows.checked_sub(1) {
+        Some(last) if columns > 0 => last.checked_mul(row_stride)?.checked_add(columns),
+        _ => Some(0),
+    }
+}
+
+/// Returns the distance of rows. That of a single row has no meaning and could be negative as an
+/// `isize`.
+fn stride(rows: usize, columns: usize, row_stride: usize) -> usize {
+    if rows > 1 { row_stride } else { columns }
 }
 
 /// Computes `out = keep * out + a b`. Rows of `out` are `row_stride` elements apart. If `keep` is
@@ -63,7 +79,9 @@ pub fn multiply(
         return;
     }
     assert!(b.columns <= row_stride, "rows of the product must not overlap");
-    assert!((a.rows - 1) * row_stride + b.columns <= out.len(), "the product does not fit");
+    let row_stride = stride(a.rows, b.columns, row_stride);
+    let fits = end(a.rows, b.columns, row_stride).is_some_and(|end| end <= out.len());
+    assert!(fits, "the product does not fit");
     if a.columns == 0 {
         let scale = |x: &mut f32| *x = if keep == 0.0 { 0.0 } else { keep * *x };
         out.chunks_mut(row_stride).take(a.rows).for_each(|row| {
@@ -71,8 +89,8 @@ pub fn multiply(
         });
         return;
     }
-    // SAFETY: the constructors of `Matrix` checked that the last element that its strides reach is
-    // in `data`, and strides are not negative. So every element that gemm reads is within `a.data`
+    // SAFETY: the constructors of `Matrix` checked, without overflow, that the last element that its
+    // strides reach is in `data`. So strides fit `isize` and are not negative, and every element that gemm reads is within `a.data`
     // and `b.data`. The assertions above check the same for the elements that it writes to `out`,
     // which is borrowed mutably and so has no alias.
     unsafe {
@@ -145,5 +163,32 @@ mod tests {
     #[should_panic(expected = "a 2 x 3 matrix does not fit")]
     fn a_short_factor_is_refused() {
         let _ = Matrix::with_stride(&[1.0; 5], 2, 3, 3);
+    }
+
+    /// The sizes are products that wrap around to numbers that would fit.
+    #[test]
+    fn sizes_beyond_the_address_space_are_refused() {
+        let half = 1 << (usize::BITS / 2);
+        let refused = |f: &dyn Fn()| {
+            let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_err();
+            panic
+                .downcast_ref::<String>()
+                .map_or_else(|| panic.downcast_ref::<&str>().unwrap().to_string(), Clone::clone)
+        };
+        let new = refused(&|| _ = Matrix::new(&[], half, half));
+        assert!(new.contains("0 elements"), "{new}");
+        let strided = refused(&|| _ = Matrix::with_stride(&[1.0; 4], half + 1, 1, half));
+        assert!(strided.contains("does not fit"), "{strided}");
+        // A column is a matrix with rows one element apart.
+        let column = vec![1.0; 3];
+        let one = Matrix::with_stride(&[1.0], 1, 1, usize::MAX);
+        let left = Matrix::with_stride(&column, 3, 1, 1);
+        let product =
+            refused(&|| multiply(left, one, &mut [0.0; 4], usize::MAX, 0.0, Parallelism::None));
+        assert!(product.contains("does not fit"), "{product}");
+        // The stride of a single row is not used.
+        let mut out = [0.0];
+        multiply(one, one, &mut out, usize::MAX, 0.0, Parallelism::None);
+        assert_eq!(out, [1.0]);
     }
 }

@@ -47,9 +47,10 @@ pub fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.div_f32s(simd.mul_f32s(x, numerator), simd.add_f32s(one, t))
 }
 
-/// Returns `a · b`, with four accumulators.
+/// Returns `a · b` of slices of equal length, with four accumulators.
 #[inline(always)]
 pub fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    debug_assert_eq!(a.len(), b.len(), "lengths of a dot product");
     let (a, a_tail) = S::as_simd_f32s(a);
     let (b, b_tail) = S::as_simd_f32s(b);
     let mut sums = [simd.splat_f32s(0.0); 4];

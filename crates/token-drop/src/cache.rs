@@ -59,7 +59,8 @@ use longctx_core::{
 /// ```
 ///
 /// After an error of a call, its sequences are as before. A full pool, or a number that cannot be
-/// packed, is noticed before anything has changed. After a later error, such as a policy's, a
+/// packed, is noticed before anything has changed, but after the attention of the call's prompts:
+/// ask [`can_append`](KvCache::can_append) first. After a later error, such as a policy's, a
 /// sequence is poisoned if a packed store has packed older entries for the call.
 ///
 /// In a pool of fixed capacity, eviction from blocks that forks share needs room for copies.
@@ -419,7 +420,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Returns the largest number of entries that a call of `tokens` tokens appends to a head.
     fn max_appended(&self, seq: SeqId, tokens: usize) -> usize {
         let prompt = self.sequences.prompt_with(seq, tokens).len();
-        let (budgets, _) = self.settings.limits(&self.spec, prompt, self.seen(seq) + tokens);
+        let seen = self.seen(seq).saturating_add(tokens);
+        let (budgets, _) = self.settings.limits(&self.spec, prompt, seen);
         let budget = budgets.into_iter().max().unwrap_or(usize::MAX);
         let even = self.settings.head_budgets == HeadBudgets::Uniform;
         // The host does not know how many of the call's own tokens a selection on a device keeps.

@@ -181,5 +181,5 @@ impl LayerView<'_> {
 }
 
 fn required<'a>(tensor: &'a Option<Tensor>, what: &str) -> Result<&'a Tensor> {
-    tensor.as_ref().ok_or_else(|| Error::mismatch("needs of a policy", what, "others"))
+    tensor.as_ref().ok_or_else(|| Error::mismatch("needs of a policy", what, "no such input"))
 }

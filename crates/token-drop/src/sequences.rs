@@ -36,7 +36,7 @@ impl<T: Clone> Sequences<T> {
         let seen = self.seen(seq);
         if tokens <= seen {
             let what = format!("tokens of the prompt of sequence {seq}");
-            return Err(Error::mismatch(what, format!("more than the {seen} that came"), tokens));
+            return Err(Error::mismatch(what, format!("more than the {seen} seen"), tokens));
         }
         match self.known.get_mut(&seq) {
             Some(sequence) => sequence.prompt = Prompt::new(Some(tokens)),
@@ -68,7 +68,7 @@ impl<T: Clone> Sequences<T> {
 
     /// Returns the prompt of a sequence, known or new, after a call of `tokens` more tokens.
     pub fn prompt_with(&self, seq: SeqId, tokens: usize) -> Prompt {
-        self.prompt(seq).grown(tokens, self.seen(seq) + tokens)
+        self.prompt(seq).grown(tokens, self.seen(seq).saturating_add(tokens))
     }
 
     pub fn prompt(&self, seq: SeqId) -> Prompt {

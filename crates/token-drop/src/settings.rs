@@ -88,7 +88,7 @@ impl Settings {
             _ => {}
         }
         if self.keep_prompt && self.decode_step.is_none() {
-            let expected = "a number of entries, since nothing else than decoded tokens is evicted";
+            let expected = "a number of entries, since only decoded tokens are evicted";
             return Err(Error::setting("decode step", expected, "none"));
         }
         if self.rerotate {
@@ -109,15 +109,19 @@ impl Settings {
             let expected = "tokens or a ratio, which layers or heads can share";
             return Err(Error::setting("budget", expected, "one for each head"));
         }
-        let uneven = own || adaptive;
-        if uneven && self.rerotate {
+        let uneven = match (own, adaptive) {
+            (true, _) => format!("{:?}", self.budget),
+            (_, true) => format!("{:?}", self.head_budgets),
+            _ => return Ok(()),
+        };
+        if self.rerotate {
             let expected =
                 "uniform ones, since re-rotation moves the same tokens' keys in all heads";
-            return Err(Error::setting("head budgets", expected, "others"));
+            return Err(Error::setting("head budgets", expected, uneven));
         }
-        if uneven && self.granularity != Granularity::Token {
+        if self.granularity != Granularity::Token {
             let expected = "uniform ones, since a chunk is the same in all heads";
-            return Err(Error::setting("head budgets", expected, "others"));
+            return Err(Error::setting("head budgets", expected, uneven));
         }
         Ok(())
     }

@@ -167,7 +167,7 @@ impl<S: KvStore> StreamingLlm<S> {
             false => 0,
         };
         let room = all.saturating_sub(held + first).max(1);
-        let over = (window + tokens - first).saturating_sub(room);
+        let over = window.saturating_add(tokens - first).saturating_sub(room);
         // A ratio of a short prompt may give a window smaller than the step.
         let surplus = over.next_multiple_of(self.step.min(room));
         let leave = surplus.min(window);

@@ -112,7 +112,7 @@ fn a_prompt_length_is_declared_per_sequence() {
     let mut cache = PolicyCache::new(spec(), store(DType::F32), KNorm, budget).unwrap();
     Input::random(20).feed(&mut cache, 0).unwrap();
     let error = cache.expect_prompt(0, 20).unwrap_err().to_string();
-    assert!(error.contains("more than the 20 that came"), "{error}");
+    assert!(error.contains("more than the 20 seen"), "{error}");
     assert!(cache.expect_prompt(1, 0).is_err());
     // The declared prompt length of a sequence does not affect others and is removed with the
     // sequence.

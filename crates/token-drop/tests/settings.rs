@@ -5,7 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::*;
-use longctx_core::{AttentionShape, Batch, DenseStore, KvCache, LayerSpec, Result};
+use longctx_core::{AttentionShape, Batch, DenseStore, KvCache, KvStore, LayerSpec, Result};
 use token_drop::*;
 
 fn message<T>(made: Result<T>) -> String {
@@ -159,4 +159,25 @@ fn calls() {
         one.feed(&mut cache, 0).unwrap();
         assert_eq!((cache.seen(0), cache.seen(1)), (31, 7), "{name}");
     }
+}
+
+/// An engine may ask for a request without a limit of tokens.
+#[test]
+fn a_request_of_any_length_can_be_asked_for() {
+    let store = || DenseStore::with_capacity(shape(), DType::F32, 1 << 20).unwrap();
+    for (name, mut cache) in caches(store) {
+        Input::random(40).feed(&mut cache, 0).unwrap();
+        for seq in [0, 1] {
+            let fits = |tokens| cache.can_append(&Batch::single(seq, tokens).unwrap());
+            assert_eq!(fits(usize::MAX), fits(1 << 30), "{name}, sequence {seq}");
+        }
+    }
+}
+
+#[test]
+fn streaming_heads_may_keep_any_number_of_sinks() {
+    let heads = DuoAttention::new(vec![true, false], usize::MAX, 1).unwrap();
+    let mut cache = PolicyCache::duo_attention(spec(), store(DType::F32), &heads).unwrap();
+    Input::random(40).feed(&mut cache, 0).unwrap();
+    assert_eq!(cache.store().lens(0), [40, 40]);
 }

@@ -70,6 +70,10 @@ impl Element for bf16 {
 }
 
 /// Calls `f` with the elements of a contiguous CPU tensor, without copying them.
+///
+/// # Errors
+/// [`Error::Mismatch`] for a tensor on another device or with gaps; an error of candle for another
+/// dtype; the errors of `f`.
 pub fn with_slice<T: Element, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
     let (Storage::Cpu(data), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {

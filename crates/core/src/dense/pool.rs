@@ -45,11 +45,12 @@ impl<T: Element> Pool<T> {
     pub fn check_room(&self, batch: &Batch) -> Result<()> {
         let of_seq = |(seq, tokens): (SeqId, std::ops::Range<usize>)| match self.seqs.get(&seq) {
             Some(tables) => {
-                tables.iter().map(|table| self.blocks_needed(table, tokens.len())).sum()
+                let needed = tables.iter().map(|table| self.blocks_needed(table, tokens.len()));
+                needed.fold(0, usize::saturating_add)
             }
-            None => self.kv_heads * tokens.len().div_ceil(BLOCK),
+            None => self.kv_heads.saturating_mul(tokens.len().div_ceil(BLOCK)),
         };
-        self.blocks.check(batch.iter().map(of_seq).sum())
+        self.blocks.check(batch.iter().map(of_seq).fold(0, usize::saturating_add))
     }
 
     /// Checks that there is room for the selected tokens.
@@ -68,7 +69,7 @@ impl<T: Element> Pool<T> {
     /// Returns the number of blocks that an append to a head takes: new blocks, and a copy of a
     /// shared last block.
     fn blocks_needed(&self, table: &BlockTable, tokens: usize) -> usize {
-        let new = (table.len + tokens).div_ceil(BLOCK) - table.blocks.len();
+        let new = table.len.saturating_add(tokens).div_ceil(BLOCK) - table.blocks.len();
         let shared = |&last: &u32| {
             tokens > 0 && !table.len.is_multiple_of(BLOCK) && self.blocks.shared(last)
         };

@@ -129,8 +129,9 @@ impl DenseStore {
             return Ok(());
         }
         if !self.seqs().is_empty() {
-            let name = |cpu| if cpu { "the CPU" } else { "another" };
-            return Err(Error::mismatch("device of k and v", name(on_cpu), name(!on_cpu)));
+            let expected = if on_cpu { "the CPU" } else { "that of the entries held" };
+            let got = format!("{:?}", k.device().location());
+            return Err(Error::mismatch("device of k and v", expected, got));
         }
         self.storage = match on_cpu {
             true => self.on_device(k.device())?,

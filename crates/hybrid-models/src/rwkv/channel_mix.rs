@@ -6,7 +6,7 @@ use crate::matrix::{Matrix, Rows};
 use crate::mixer::{Input, Recurrent, StateArray};
 use crate::simd::{MulSigmoid, SquaredRelu, map, zip};
 use crate::workspace::Workspace;
-use longctx_core::{Error, Result};
+use longctx_core::Result;
 
 #[derive(Debug)]
 pub struct ChannelMix {
@@ -27,9 +27,7 @@ impl ChannelMix {
         version: usize,
     ) -> Result<Self> {
         let key = name("key.weight");
-        let &[inner, _] = w.shape(&key).unwrap_or_default().as_slice() else {
-            return Err(Error::mismatch(format!("tensor {key:?}"), "[inner, hidden]", "another"));
-        };
+        let [inner, _] = w.matrix_dims(&key, "[inner, hidden]")?;
         let prefix = super::mix_prefix(version);
         let mix =
             |part: &str| super::load_mix(w, &name(&format!("{prefix}{part}")), hidden, version);

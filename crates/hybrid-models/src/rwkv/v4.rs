@@ -12,7 +12,7 @@ use crate::mixer::{Input, Recurrent, Span, StateArray};
 use crate::simd::{MulSigmoid, exp, zip};
 use crate::split_columns::{Columns, UnitMatrix, split_columns};
 use crate::workspace::Workspace;
-use longctx_core::{Error, Result};
+use longctx_core::Result;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 
 /// Channels per task.
@@ -42,9 +42,7 @@ impl V4 {
     pub fn load(w: &Checkpoint, names: &Names, layer: usize, hidden: usize) -> Result<Self> {
         let name = |part: &str| names.time(layer, part);
         let key = name("key.weight");
-        let &[inner, _] = w.shape(&key).unwrap_or_default().as_slice() else {
-            return Err(Error::mismatch(format!("tensor {key:?}"), "[inner, hidden]", "another"));
-        };
+        let [inner, _] = w.matrix_dims(&key, "[inner, hidden]")?;
         let mix = |part: &str| super::load_mix(w, &name(part), hidden, 4);
         let decay = w.tensor(&name("time_decay"), &[inner])?;
         Ok(Self {

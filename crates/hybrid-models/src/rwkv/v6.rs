@@ -45,10 +45,10 @@ impl V6 {
         let name = |part: &str| names.time(layer, part);
         let (heads, head_dim) = heads(w, &name("time_faaaa"), hidden)?;
         let (shift_in, shift_out) = (name("time_maa_w1"), name("time_maa_w2"));
-        let rank = |name: &str, dim: usize| match w.shape(name).as_deref() {
-            Some(shape) if shape.len() > dim => Ok(shape[dim]),
-            other => {
-                Err(Error::mismatch(format!("tensor {name:?}"), "a matrix", format!("{other:?}")))
+        let rank = |name: &str, dim: usize| match w.required_shape(name)? {
+            shape if shape.len() > dim => Ok(shape[dim]),
+            shape => {
+                Err(Error::mismatch(format!("tensor {name:?}"), "a matrix", format!("{shape:?}")))
             }
         };
         let shift_rank = rank(&shift_out, 1)?;

@@ -13,7 +13,7 @@ use crate::norm::layer_groups;
 use crate::simd::{Mul, Sigmoid, Tanh, UnaryFn, exp, map, sigmoid, zip};
 use crate::workspace::Workspace;
 use delta::{Inputs, delta_rule};
-use longctx_core::{Error, Result};
+use longctx_core::Result;
 use pulp::{Arch, Scalar, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -53,9 +53,7 @@ impl LowRank {
     /// Loads `name`1, `name`2 and, if it exists, `name`0.
     fn load(w: &Checkpoint, name: &str, hidden: usize) -> Result<Self> {
         let first = format!("{name}1");
-        let &[_, rank] = w.shape(&first).unwrap_or_default().as_slice() else {
-            return Err(Error::mismatch(format!("tensor {first:?}"), "[hidden, rank]", "another"));
-        };
+        let [_, rank] = w.matrix_dims(&first, "[hidden, rank]")?;
         let bias = format!("{name}0");
         Ok(Self {
             first: w.transposed(&first, rank, hidden)?,

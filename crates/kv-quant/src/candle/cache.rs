@@ -236,7 +236,7 @@ impl QuantCache {
         rest.map(|rest| AttentionState::merge(&[sinks, rest])).transpose()
     }
 
-    /// Returns whether all sinks of a batch's sequences have come.
+    /// Returns whether each sequence of a batch has all its sinks.
     fn holds_sinks(&self, batch: &Batch) -> bool {
         batch.seqs().iter().all(|&seq| self.seen(seq) >= self.sink_tokens)
     }

@@ -73,8 +73,8 @@ impl DequantCache {
     /// in the dtype of the arguments: earlier tokens dequantized, this call's unchanged.
     ///
     /// # Errors
-    /// If the tensors do not fit the cache, or contain NaN, infinity or numbers beyond f16's range.
-    /// The cache is then unchanged.
+    /// If the tensors do not fit the cache, or contain NaN, infinity or numbers that
+    /// [`Pool::append`](crate::Pool::append) refuses as too large. The cache is then unchanged.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, kv_heads, tokens, d) = k.dims4()?;
         let begins = self.seqs.is_empty();

@@ -176,7 +176,7 @@ impl Pool {
         columns: usize,
     ) -> Result<Incoming<'a>> {
         let kv_heads = self.shape.kv_heads;
-        if data.len() != tokens * kv_heads * columns {
+        if data.len() != tokens.saturating_mul(kv_heads).saturating_mul(columns) {
             let expected = format!("{tokens} tokens x {kv_heads} kv heads x {columns}");
             return Err(Error::mismatch(of, expected, format!("{} numbers", data.len())));
         }

@@ -155,7 +155,7 @@ impl Head {
 
     /// Returns the counts after an append of `tokens` tokens.
     pub fn grown(&self, format: &Format, tokens: usize) -> Growth {
-        let slots = self.slots() + tokens;
+        let slots = self.slots().saturating_add(tokens);
         let (keys, values) = format.ready(slots - self.packed_keys, slots - self.packed_values);
         let (packed_keys, packed_values) = (self.packed_keys + keys, self.packed_values + values);
         let start = |residual: &Residual, packed: usize| {
@@ -190,15 +190,15 @@ impl Head {
         })
     }
 
-    /// Returns the memory that growth takes.
+    /// Returns the memory that growth takes: new blocks, and copies of shared ones. The cost does
+    /// not depend on the number of new blocks.
     pub fn delta_to_grow(&self, memory: &PoolMemory, chunk: usize, to: &Growth) -> BlockDelta {
-        let mut blocks = 0;
-        for (i, _) in self.written_blocks(chunk, to) {
-            let fresh = self.blocks.get(i).is_none_or(|&block| memory.blocks.is_shared(block));
-            blocks += isize::from(fresh);
-        }
+        let held = self.blocks.len();
+        let written = self.written_blocks(chunk, to).take_while(|(i, _)| *i < held);
+        let copies = written.filter(|(i, _)| memory.blocks.is_shared(self.blocks[*i])).count();
+        let new = to.packed_keys.max(to.packed_values).div_ceil(chunk).saturating_sub(held);
         BlockDelta {
-            blocks,
+            blocks: (copies + new) as isize,
             key_pages: self.keys.pages_needed(&memory.key_pages, to.key_start, to.slots),
             value_pages: self.values.pages_needed(&memory.value_pages, to.value_start, to.slots),
         }
@@ -224,7 +224,7 @@ impl Head {
                 false => high = middle,
             }
         }
-        let last = (tokens + 1).saturating_sub(PAGE)..=tokens;
+        let last = tokens.saturating_add(1).saturating_sub(PAGE)..=tokens;
         for tokens in last.chain(low.checked_sub(1)) {
             let to = self.grown(format, tokens);
             let keys = self.keys.pages_needed(&memory.key_pages, to.key_start, to.slots);

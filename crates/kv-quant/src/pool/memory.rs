@@ -175,11 +175,12 @@ impl PoolMemory {
         self.slabs().iter().map(|slabs| slabs.used() * slabs.block_bytes()).sum()
     }
 
-    /// Returns the bytes of blocks and pages.
+    /// Returns the bytes of blocks and pages; `isize::MAX` for more.
     pub fn bytes(&self, delta: BlockDelta) -> isize {
         let counts = [delta.blocks, delta.key_pages, delta.value_pages];
         let sizes = self.slabs().map(|slabs| slabs.block_bytes() as isize);
-        counts.iter().zip(sizes).map(|(count, size)| count * size).sum()
+        let bytes = counts.iter().zip(sizes).map(|(count, size)| count.saturating_mul(size));
+        bytes.fold(0, isize::saturating_add)
     }
 
     /// Frees memory if much of it is unused.
@@ -192,8 +193,8 @@ impl PoolMemory {
 
 impl std::ops::AddAssign for BlockDelta {
     fn add_assign(&mut self, other: Self) {
-        self.blocks += other.blocks;
-        self.key_pages += other.key_pages;
-        self.value_pages += other.value_pages;
+        self.blocks = self.blocks.saturating_add(other.blocks);
+        self.key_pages = self.key_pages.saturating_add(other.key_pages);
+        self.value_pages = self.value_pages.saturating_add(other.value_pages);
     }
 }

@@ -76,7 +76,7 @@ impl InfLlmSettings {
             return Err(Error::setting("representatives", expected, self.representatives));
         }
         if self.resident_blocks < self.top_blocks {
-            let expected = format!("at least the {} fetched blocks", self.top_blocks);
+            let expected = format!("at least the {} retrieved blocks", self.top_blocks);
             return Err(Error::setting("resident blocks", expected, self.resident_blocks));
         }
         Ok(())

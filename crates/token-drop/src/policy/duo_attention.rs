@@ -24,7 +24,7 @@ impl DuoAttention {
             return Err(Error::setting("recent", "at least 1 token", 0));
         }
         if streaming.is_empty() {
-            return Err(Error::setting("streaming", "one answer per kv head", "none"));
+            return Err(Error::setting("streaming", "one flag per kv head", "none"));
         }
         Ok(Self { streaming, sinks, recent })
     }
@@ -52,7 +52,8 @@ impl DuoAttention {
 
     /// Returns the budget of each head.
     pub fn budget(&self) -> Budget {
-        let of_head = |&streaming: &bool| streaming.then_some(self.sinks + self.recent);
+        let of_head =
+            |&streaming: &bool| streaming.then_some(self.sinks.saturating_add(self.recent));
         Budget::Heads(self.streaming.iter().map(of_head).collect())
     }
 }

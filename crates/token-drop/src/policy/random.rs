@@ -24,14 +24,14 @@ impl EvictionPolicy for Random {
     }
 
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor> {
-        let luck = |head: usize, position: u32| {
+        let score = |head: usize, position: u32| {
             let mixed = mix(self.seed ^ mix((head as u64) << 32 | u64::from(position)));
             (mixed >> 40) as f32
         };
         let positions = view.positions()?;
         let heads = view.kv_heads.clone().zip(positions.to_vec2::<u32>()?);
         let of_head = |(head, positions): (usize, Vec<u32>)| {
-            positions.into_iter().map(move |position| luck(head, position))
+            positions.into_iter().map(move |position| score(head, position))
         };
         let scores: Vec<f32> = heads.flat_map(of_head).collect();
         Ok(Tensor::from_vec(scores, positions.dims(), positions.device())?)

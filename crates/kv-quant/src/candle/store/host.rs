@@ -51,8 +51,11 @@ impl QuantStore {
         if known.seqs.is_empty() {
             return match mask {
                 Mask::Causal => {
-                    let seq = batch.seqs()[0];
-                    Err(Error::mismatch(format!("entries of sequence {seq}"), "its own", "none"))
+                    let (what, expected) = (
+                        format!("entries of sequence {}", batch.seqs()[0]),
+                        "those of its queries",
+                    );
+                    Err(Error::mismatch(what, expected, "none"))
                 }
                 _ => Ok(None),
             };
@@ -106,6 +109,11 @@ impl QuantStore {
         mask: longctx_core::Mask<'_>,
     ) -> Result<Vec<AttentionSums>> {
         let heads = self.shape.heads;
+        let expected = [batch.tokens(), heads];
+        if lse.dims() != expected {
+            let got = format!("{:?}", lse.dims());
+            return Err(Error::mismatch("lse", format!("{expected:?}"), got));
+        }
         let lse = lse.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let mut all = vec![Vec::new(); batch.seqs().len() * heads];
         self.with_known(pool, batch, q, mask, |queries, known, mask| {
