@@ -223,6 +223,7 @@ fn batches_are_checked() {
         (&[7], &[1, 10], "expected 0 at its beginning, got 1"),
         (&[7, 8], &[0, 11, 10], "never decrease, got 11 before 10"),
         (&[7, 7], &[0, 5, 10], "expected each once, got 7 twice"),
+        (&[7], &[0, usize::MAX], "expected at most 4294967295 tokens, got"),
     ] {
         let got = message(pool.append(seqs, cu, &k, &v));
         assert!(got.contains(want), "{got:?} does not say {want:?}");
