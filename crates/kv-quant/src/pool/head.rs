@@ -192,13 +192,11 @@ impl Head {
 
     /// Returns the memory that growth takes.
     pub fn delta_to_grow(&self, memory: &PoolMemory, chunk: usize, to: &Growth) -> BlockDelta {
-        let mut blocks = 0;
-        for (i, _) in self.written_blocks(chunk, to) {
-            let fresh = self.blocks.get(i).is_none_or(|&block| memory.blocks.is_shared(block));
-            blocks += isize::from(fresh);
-        }
+        let written = self.written_blocks(chunk, to).map_while(|(i, _)| self.blocks.get(i));
+        let copied = written.filter(|&&block| memory.blocks.is_shared(block)).count();
+        let last = to.packed_keys.max(to.packed_values).div_ceil(chunk);
         BlockDelta {
-            blocks,
+            blocks: (copied + last.saturating_sub(self.blocks.len())) as isize,
             key_pages: self.keys.pages_needed(&memory.key_pages, to.key_start, to.slots),
             value_pages: self.values.pages_needed(&memory.value_pages, to.value_start, to.slots),
         }
