@@ -1,13 +1,12 @@
 //! Tokenizers.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use crate::gguf_file::GgufFile;
 use crate::gguf_tokenizer;
 use crate::sentence_piece_model;
 use crate::text_stream::TextStream;
-use longctx_checkpoint::files;
+use longctx_checkpoint::{files, unpanicked};
 use longctx_core::{Error, Result};
 use tokenizers::Tokenizer as Inner;
 
@@ -68,8 +67,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] with the tokenizer's own message.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding =
-            unpanicked(|| self.inner.encode_fast(text, special)).map_err(Error::tokenizer)?;
+        let encoding = unpanicked(|| self.inner.encode_fast(text, special))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -78,7 +76,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] with the tokenizer's own message.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        unpanicked(|| self.inner.decode(tokens, true)).map_err(Error::tokenizer)
+        unpanicked(|| self.inner.decode(tokens, true))
     }
 
     /// Returns the text of one token in the vocabulary, also for special tokens.
@@ -106,16 +104,4 @@ impl Tokenizer {
     pub fn inner(&self) -> &Inner {
         &self.inner
     }
-}
-
-/// Converts panics to errors: the regular expressions in `tokenizers` panic if a text exceeds their
-/// limits.
-fn unpanicked<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    let panicked = |payload: Box<dyn std::any::Any + Send>| {
-        let message = payload.downcast_ref::<String>().cloned();
-        message.or_else(|| payload.downcast_ref::<&str>().map(|&text| text.into()))
-    };
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
-        Err(panicked(payload).unwrap_or_else(|| "the tokenizer panicked".into()).into())
-    })
 }

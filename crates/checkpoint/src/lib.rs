@@ -17,4 +17,4 @@ pub use pth::Pth;
 pub use read_tensors::ReadTensors;
 pub use safetensors::map_safetensors;
 pub use shards::{shard_names, weight_files};
-pub use tokenizer::{open_tokenizer, read_tokenizer};
+pub use tokenizer::{open_tokenizer, read_tokenizer, unpanicked};

@@ -1,6 +1,6 @@
 //! `tokenizer.json`.
 
-use std::panic::catch_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use crate::files;
@@ -36,6 +36,22 @@ pub fn read_tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
     tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
     tokenizer.with_padding(None);
     Ok(tokenizer)
+}
+
+/// Calls the crate `tokenizers`, with a panic as an error: its regular expressions panic if a text
+/// exceeds their limits.
+///
+/// # Errors
+/// [`Error::Tokenizer`] with the call's own message, or that of its panic.
+pub fn unpanicked<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let panicked = |payload: Box<dyn std::any::Any + Send>| {
+        let message = payload.downcast_ref::<String>().cloned();
+        message.or_else(|| payload.downcast_ref::<&str>().map(|&text| text.into()))
+    };
+    let done = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+        Err(panicked(payload).unwrap_or_else(|| "the tokenizer panicked".into()).into())
+    });
+    done.map_err(Error::tokenizer)
 }
 
 #[cfg(test)]

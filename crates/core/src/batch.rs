@@ -44,6 +44,10 @@ struct Inner {
     shared: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
+/// The largest number of tokens of a batch: kernels count them in u32. Numbers of bytes that follow
+/// from it do not overflow.
+const MAX_TOKENS: usize = u32::MAX as usize;
+
 /// Number of values that [`Batch::shared`] keeps. Layers of a few kinds alternate in a model.
 const MAX_SHARED: usize = 8;
 
@@ -51,8 +55,8 @@ impl Batch {
     /// Creates a batch from sequences and their numbers of tokens.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if there is no sequence, a sequence has no tokens, or one is listed
-    /// twice.
+    /// [`Error::Mismatch`] if there is no sequence, a sequence has no tokens, one is listed twice,
+    /// or there are more than 2^32 - 1 tokens.
     pub fn new(seqs: &[(SeqId, usize)]) -> Result<Self> {
         if seqs.is_empty() {
             return Err(Error::mismatch("sequences of a batch", "at least one", 0));
@@ -68,9 +72,12 @@ impl Batch {
                 let what = format!("tokens of sequence {seq}");
                 return Err(Error::mismatch(what, "at least one", 0));
             }
-            let end = cu_seqlens[cu_seqlens.len() - 1].checked_add(tokens);
-            let overflow = || Error::mismatch("tokens of a batch", "a countable number", "more");
-            cu_seqlens.push(end.ok_or_else(overflow)?);
+            let end = cu_seqlens[cu_seqlens.len() - 1].saturating_add(tokens);
+            if end > MAX_TOKENS {
+                let expected = format!("at most {MAX_TOKENS}");
+                return Err(Error::mismatch("tokens of a batch", expected, end));
+            }
+            cu_seqlens.push(end);
         }
         let seqs = seqs.iter().map(|(seq, _)| *seq).collect();
         let (on_device, shared) = (OnceLock::new(), Mutex::default());
@@ -242,6 +249,16 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn batches_of_too_many_tokens_are_errors() {
+        assert!(Batch::new(&[(0, MAX_TOKENS - 1), (1, 1)]).is_ok());
+        for seqs in [&[(0, MAX_TOKENS), (1, 1)][..], &[(0, usize::MAX)], &[(0, 9), (1, usize::MAX)]]
+        {
+            let error = Batch::new(seqs).unwrap_err().to_string();
+            assert!(error.starts_with("tokens of a batch: expected at most 4294967295"), "{error}");
+        }
+    }
 
     #[test]
     fn a_shared_value_is_made_once_for_each_type_and_condition() {

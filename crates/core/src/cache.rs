@@ -48,16 +48,18 @@ impl Step<'_> {
     /// embedding. `seen` returns the number of earlier tokens of a sequence.
     ///
     /// # Errors
-    /// If a tensor operation fails.
+    /// [`Error::NotFinite`] if a rotated number overflows, on the CPU; if a tensor operation fails.
     pub fn rotate(
         &self,
         spec: &LayerSpec,
         seen: impl Fn(SeqId) -> usize,
     ) -> Result<(Tensor, Tensor)> {
-        match &spec.rope {
-            Some(rope) => rope.apply_both(self.q, self.k, &self.batch.positions(seen)),
-            None => Ok((self.q.clone(), self.k.clone())),
-        }
+        let Some(rope) = &spec.rope else { return Ok((self.q.clone(), self.k.clone())) };
+        let (q, k) = rope.apply_both(self.q, self.k, &self.batch.positions(seen))?;
+        [("rotated q", &q), ("rotated k", &k)]
+            .into_iter()
+            .try_for_each(|(name, x)| finite::check(name, x))?;
+        Ok((q, k))
     }
 
     /// As [`rotate`](Self::rotate) in a prepared step, with positions (i64, one per token) at a
@@ -95,7 +97,8 @@ pub trait KvCache: Send {
     /// entries that the sequence holds from earlier calls.
     ///
     /// # Errors
-    /// As [`Step::check`]; [`Error::PoolFull`] if there is not enough memory.
+    /// As [`Step::check`] and [`Step::rotate`]; [`Error::Mismatch`] for a number that the cache
+    /// cannot represent; [`Error::PoolFull`] if there is not enough memory.
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor>;
 
     /// Appends whole prompts whose exact, causal attention the engine has computed with its own

@@ -1,4 +1,4 @@
-//! Checks that a CPU tensor holds only finite numbers.
+//! Checks that a CPU tensor holds only finite numbers, also in another dtype.
 
 use crate::{Error, Result};
 use candle_core::{DType, Storage, Tensor};
@@ -19,7 +19,26 @@ pub fn check(name: &str, x: &Tensor) -> Result<()> {
         DType::F64 => return check(name, &x.to_dtype(DType::F32)?),
         other => return Err(Error::mismatch(name, "f32, f16 or bf16", other.as_str())),
     };
-    if finite { Ok(()) } else { Err(first(name, x)?) }
+    if finite {
+        return Ok(());
+    }
+    let (value, position) = first(x, x)?;
+    Err(Error::NotFinite { what: name.into(), value, position })
+}
+
+/// Converts `x` `[tokens, heads, channels]` to `dtype`. On devices other than the CPU the numbers
+/// are not checked.
+///
+/// # Errors
+/// [`Error::Mismatch`] naming the first number that `dtype` cannot represent.
+pub fn convert(name: &str, x: &Tensor, dtype: DType) -> Result<Tensor> {
+    let converted = x.to_dtype(dtype)?;
+    if x.dtype() == dtype || check(name, &converted).is_ok() {
+        return Ok(converted);
+    }
+    let (value, position) = first(&converted, x)?;
+    let expected = format!("a number within the range of {}", dtype.as_str());
+    Err(Error::mismatch(format!("{name} at {position}"), expected, value))
 }
 
 fn all_finite<T: candle_core::WithDType>(
@@ -45,13 +64,14 @@ fn all_finite<T: candle_core::WithDType>(
     Ok(starts.fold(true, |before, at| before & all(&data[layout.start_offset() + at..][..run])))
 }
 
-fn first(name: &str, x: &Tensor) -> Result<Error> {
+/// Returns the number of `of` where `x` has the first number that is not finite, and its position.
+fn first(x: &Tensor, of: &Tensor) -> Result<(f32, String)> {
     let (_, heads, channels) = x.dims3()?;
-    let numbers = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    let at = numbers.iter().position(|x| !x.is_finite()).unwrap_or(0);
+    let numbers = |x: &Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+    let at = numbers(x)?.iter().position(|x| !x.is_finite()).unwrap_or(0);
     let (row, channel) = (at / channels, at % channels);
     let position = format!("token {}, head {}, channel {channel}", row / heads, row % heads);
-    Ok(Error::NotFinite { what: name.into(), value: numbers[at], position })
+    Ok((numbers(of)?[at], position))
 }
 
 #[cfg(test)]
@@ -76,5 +96,22 @@ mod tests {
             assert!(check("q", &x.narrow(1, 0, 1).unwrap()).is_ok());
             assert!(check("q", &x.narrow(1, 1, 1).unwrap()).is_err());
         }
+    }
+
+    #[test]
+    fn names_the_first_number_beyond_a_dtype() {
+        let mut numbers = vec![-65504f32; 3 * 2 * 4];
+        let convert = |numbers: &[f32], dtype: DType| {
+            convert("k", &Tensor::from_slice(numbers, (3, 2, 4), &Device::Cpu).unwrap(), dtype)
+        };
+        assert_eq!(convert(&numbers, DType::F16).unwrap().dtype(), DType::F16);
+        numbers[13] = 1e5;
+        let error = convert(&numbers, DType::F16).unwrap_err().to_string();
+        let place = "k at token 1, head 1, channel 1";
+        assert_eq!(
+            error,
+            format!("{place}: expected a number within the range of f16, got 100000")
+        );
+        assert!(convert(&numbers, DType::BF16).is_ok() && convert(&numbers, DType::F32).is_ok());
     }
 }

@@ -261,11 +261,15 @@ impl Sampler {
     /// Returns the next token.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if a logit is NaN; [`Error::Mismatch`] if `logits` is empty.
+    /// [`Error::NotFinite`] if a logit is NaN, or the greatest one is infinite and sampling is
+    /// random; [`Error::Mismatch`] if `logits` is empty.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
+        let not_finite = |at: usize| {
+            let (value, position) = (logits[at], format!("token {at}"));
+            Err(Error::NotFinite { what: "logits".into(), value, position })
+        };
         if let Some(at) = logits.iter().position(|x| x.is_nan()) {
-            let position = format!("token {at}");
-            return Err(Error::NotFinite { what: "logits".into(), value: f32::NAN, position });
+            return not_finite(at);
         }
         let best = (0u32..)
             .zip(logits)
@@ -273,6 +277,8 @@ impl Sampler {
             .ok_or_else(|| Error::mismatch("logits", "at least one", 0))?;
         match self.sampling {
             Sampling::Greedy => Ok(best.0),
+            // It has no probabilities: differences to it are NaN.
+            Sampling::Random { .. } if best.1.is_infinite() => not_finite(best.0 as usize),
             Sampling::Random { temperature, top_k, top_p, .. } => {
                 Ok(self.draw(logits, *best.1, temperature, top_k, top_p))
             }
@@ -307,5 +313,29 @@ impl Sampler {
             }
         }
         tokens[tokens.len() - 1].0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logits_without_probabilities_are_errors() {
+        let (low, high) = (f32::NEG_INFINITY, f32::INFINITY);
+        for top_k in [None, Some(1), Some(2)] {
+            let sampling = Sampling::Random { temperature: 1.0, top_k, top_p: None, seed: 1 };
+            let mut sampler = Sampler::new(sampling).unwrap();
+            for logits in [[1.0, high, 2.0], [high, high, low], [low; 3], [1.0, 2.0, f32::NAN]] {
+                let error = sampler.sample(&logits).unwrap_err();
+                assert!(matches!(error, Error::NotFinite { .. }), "{logits:?}: {error}");
+            }
+            // Tokens that a grammar forbids are never chosen.
+            for _ in 0..50 {
+                assert_eq!(sampler.sample(&[low, 0.5, low]).unwrap(), 1);
+            }
+        }
+        let mut greedy = Sampler::new(Sampling::Greedy).unwrap();
+        assert_eq!(greedy.sample(&[1.0, high, 2.0]).unwrap(), 1);
     }
 }

@@ -25,8 +25,8 @@ pub trait KvStore: Send {
     /// every head of the batch's sequences. A sequence that does not exist yet is created.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the tensors do not fit; [`Error::NotFinite`] from stores that
-    /// quantize; [`Error::PoolFull`].
+    /// [`Error::Mismatch`] if the tensors do not fit, or for a number that the store cannot
+    /// represent; [`Error::NotFinite`] from stores that quantize; [`Error::PoolFull`].
     fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()>;
 
     /// Appends to each kv head the tokens selected for it. `tokens` has one selection per sequence

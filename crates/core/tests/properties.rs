@@ -207,6 +207,30 @@ type Lists = BTreeMap<SeqId, Heads>;
 /// The heads of a sequence: their rows of keys and values.
 type Heads = Vec<Vec<(Vec<f32>, Vec<f32>)>>;
 
+/// In f16, 100,000 would be infinite, and every later output of the sequence NaN.
+#[test]
+fn a_number_beyond_the_dtype_is_refused() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let mut cache = DenseCache::new(spec(), dtype).unwrap();
+        feed(&mut cache, &[(0, 40)]).unwrap();
+        let [q, k, v] = tensors(&[(0, 40, 1)]);
+        let batch = Batch::single(0, 1).unwrap();
+        let large = (v.ones_like().unwrap() * 1e5).unwrap();
+        match cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &large }) {
+            Ok(_) => assert_ne!(dtype, DType::F16),
+            Err(error) => {
+                let message = error.to_string();
+                assert!(dtype == DType::F16 && message.contains("got 100000"), "{message}");
+                assert!(message.starts_with("v at token 0, head 0, channel 0"), "{message}");
+                assert_eq!((cache.seen(0), cache.held(0)), (40, 40));
+            }
+        }
+        let out = cache.attend(&Step { batch: &batch, q: &q, k: &k, v: &v }).unwrap();
+        let out: Vec<f32> = out.flatten_all().unwrap().to_vec1().unwrap();
+        assert!(out.iter().all(|x| x.is_finite()), "{dtype:?}");
+    }
+}
+
 fn row(x: &Tensor, token: usize, head: usize) -> Vec<f32> {
     x.get(token).unwrap().get(head).unwrap().to_vec1().unwrap()
 }

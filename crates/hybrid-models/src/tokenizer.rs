@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::world::World;
-use longctx_checkpoint::open_tokenizer;
+use longctx_checkpoint::{open_tokenizer, unpanicked};
 use longctx_core::{Error, Result};
 
 /// A model's tokenizer: a `tokenizer.json`, or the vocabulary of RWKV's World models.
@@ -48,7 +48,7 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         match self {
             Self::Json(inner) => {
-                let encoding = inner.encode_fast(text, special).map_err(Error::tokenizer)?;
+                let encoding = unpanicked(|| inner.encode_fast(text, special))?;
                 Ok(encoding.get_ids().to_vec())
             }
             Self::World(world) => world.encode(text.as_bytes()),
@@ -62,8 +62,26 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] with the tokenizer's own message.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         match self {
-            Self::Json(inner) => inner.decode(tokens, true).map_err(Error::tokenizer),
+            Self::Json(inner) => unpanicked(|| inner.decode(tokens, true)),
             Self::World(world) => Ok(String::from_utf8_lossy(&world.decode(tokens)).into_owned()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_that_exceeds_the_limit_of_a_pattern_is_an_error() {
+        let json = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": false},
+            "post_processor": null, "decoder": null, "model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}}"#;
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
+        let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+        assert_eq!(tokenizer.encode("xx", true).unwrap(), [0, 0]);
+        let message = tokenizer.encode(&"x".repeat(60), true).unwrap_err().to_string();
+        assert!(message.contains("retry"), "{message}");
     }
 }

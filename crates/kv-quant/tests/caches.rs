@@ -179,6 +179,10 @@ fn a_call_that_fails_changes_nothing() {
         assert!(error.to_string().contains("sequence 2"), "{error}");
         let nan = (&kv * f64::NAN).unwrap();
         assert!(cache.attend(&Step { batch: &next, q: &q, k: &nan, v: &kv }).is_err());
+        // The rotary embedding makes these queries infinite.
+        let huge = (q.ones_like().unwrap() * 3e38).unwrap();
+        let error = cache.attend(&Step { batch: &next, q: &huge, k: &kv, v: &kv }).unwrap_err();
+        assert!(error.to_string().starts_with("rotated q: "), "{error}");
         assert_eq!(cache.seqs(), before.seqs());
         let sizes = |cache: &QuantCache| {
             let footprint = cache.footprint();

@@ -223,6 +223,7 @@ fn batches_are_checked() {
         (&[7], &[1, 10], "expected 0 at its beginning, got 1"),
         (&[7, 8], &[0, 11, 10], "never decrease, got 11 before 10"),
         (&[7, 7], &[0, 5, 10], "expected each once, got 7 twice"),
+        (&[7], &[0, usize::MAX], "expected at most 4294967295 tokens, got"),
     ] {
         let got = message(pool.append(seqs, cu, &k, &v));
         assert!(got.contains(want), "{got:?} does not say {want:?}");
@@ -241,6 +242,18 @@ fn batches_are_checked() {
         assert!(got.contains(want), "{got:?} does not say {want:?}");
     }
     assert_eq!(pool.lens(7), Some(vec![100, 100]));
+}
+
+/// An engine may ask with its largest number for a request without a limit.
+#[test]
+fn asking_for_many_tokens_takes_no_time() {
+    let pool = pool().with_capacity(1 << 20);
+    let most = u32::MAX as usize;
+    let started = std::time::Instant::now();
+    for _ in 0..10 {
+        assert!(!pool.can_append(&[7], &[0, most]) && !pool.can_append(&[9], &[0, most]));
+    }
+    assert!(started.elapsed() < std::time::Duration::from_secs(1), "{:?}", started.elapsed());
 }
 
 #[test]

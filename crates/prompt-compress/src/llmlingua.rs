@@ -26,6 +26,7 @@ use crate::loss::{LossModel, count, encode};
 use crate::tokens::cl100k_tokens;
 use crate::{Target, sentences};
 use documents::{JoinedText, KeptRanges};
+use longctx_checkpoint::unpanicked;
 use longctx_core::{CausalLm, Compressed, Error, Prompt, PromptCompressor, Rate, Result};
 use ratios::ratios;
 use segments::{Plan, compress};
@@ -379,7 +380,7 @@ impl<M: CausalLm> LlmLingua<M> {
             contrastive: self.settings.token_score == TokenScore::Contrastive,
         };
         let left = compress(&mut self.loss_model, self.unconditional.as_mut(), tokens.ids, &plan)?;
-        let text = self.tokenizer.decode(&left.ids, false).map_err(Error::tokenizer)?;
+        let text = unpanicked(|| self.tokenizer.decode(&left.ids, false))?;
         let ranges: Vec<Range<usize>> =
             left.origin.iter().map(|&i| tokens.offsets[i].clone()).collect();
         Ok(joined.to_compressed(&ranges, source, text))

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
+use longctx_checkpoint::unpanicked;
 use longctx_core::{Batch, CausalLm, Error, Logits, Result, SeqId};
 use rayon::prelude::*;
 use tokenizers::Tokenizer;
@@ -116,14 +117,14 @@ pub struct Tokens {
 
 /// Tokenizes a text. `special` adds the special tokens that the model expects around it.
 pub fn encode(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Tokens> {
-    let encoding = tokenizer.encode(text, special).map_err(Error::tokenizer)?;
+    let encoding = unpanicked(|| tokenizer.encode(text, special))?;
     let offsets = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
     Ok(Tokens { ids: encoding.get_ids().to_vec(), offsets })
 }
 
 /// Returns the number of tokens of a text, with the special tokens around it.
 pub fn count(tokenizer: &Tokenizer, text: &str) -> Result<usize> {
-    Ok(tokenizer.encode_fast(text, true).map_err(Error::tokenizer)?.len())
+    Ok(unpanicked(|| tokenizer.encode_fast(text, true))?.len())
 }
 
 #[cfg(test)]

@@ -562,3 +562,22 @@ fn a_truncated_tokenizer_is_an_error() {
         assert!(opened.unwrap_err().to_string().contains("tokenizer.json"));
     }
 }
+
+#[test]
+fn a_text_that_exceeds_the_limit_of_a_pattern_is_an_error() {
+    let pattern = r#"{"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": false}"#;
+    let json = format!(
+        r#"{{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {pattern}, "post_processor": null, "decoder": null,
+            "model": {{"type": "BPE", "vocab": {{"x": 0, "y": 1}}, "merges": []}}}}"#
+    );
+    let tokenizer = Tokenizer::from_bytes(json).unwrap();
+    let text = "x".repeat(60);
+    let (prompt, rate) = (Prompt::new(&text).unwrap(), Rate::new(0.5).unwrap());
+    let settings = llmlingua::Settings::llmlingua();
+    let mut lingua = LlmLingua::new(llama().0, tokenizer.clone(), settings).unwrap();
+    let mut selective = SelectiveContext::new(llama().0, tokenizer, 0, Unit::Word);
+    for error in [lingua.compress(prompt, rate), selective.compress(prompt, rate)] {
+        assert!(error.unwrap_err().to_string().contains("retry"));
+    }
+}

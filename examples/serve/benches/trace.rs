@@ -213,6 +213,7 @@ async fn send(
             let mut first = None;
             while let Some(event) = received.recv().await {
                 match event {
+                    Event::Started { .. } => {}
                     Event::Token(_) => _ = first.get_or_insert(sent.elapsed().as_secs_f64()),
                     Event::Done { .. } => break,
                     Event::Failed(message) => bail!("{message}"),

@@ -99,8 +99,7 @@ pub struct Common {
     /// Strings that end the text.
     pub stop: Option<Stop>,
     /// Whether the answer is streamed as server-sent events.
-    #[serde(default)]
-    pub stream: bool,
+    pub stream: Option<bool>,
     /// What a stream adds.
     pub stream_options: Option<StreamOptions>,
     /// The number of answers per prompt; only 1 is supported.
@@ -111,8 +110,7 @@ pub struct Common {
 #[derive(Debug, Deserialize)]
 pub struct StreamOptions {
     /// Whether the last event has the numbers of tokens.
-    #[serde(default)]
-    pub include_usage: bool,
+    pub include_usage: Option<bool>,
 }
 
 /// One stop string or several.
@@ -148,9 +146,15 @@ impl Common {
         }
     }
 
+    /// Returns whether the answer is streamed.
+    pub fn streams(&self) -> bool {
+        self.stream.unwrap_or(false)
+    }
+
     /// Returns whether a stream ends with the numbers of tokens.
     pub fn include_usage(&self) -> bool {
-        self.stream_options.as_ref().is_some_and(|options| options.include_usage)
+        let options = self.stream_options.as_ref();
+        options.and_then(|options| options.include_usage).unwrap_or(false)
     }
 }
 
@@ -208,5 +212,25 @@ impl Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         (self.status, Json(self.body())).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Clients of OpenAI's API send null for options that are not set.
+    #[test]
+    fn options_can_be_null() {
+        let options = ["temperature", "top_p", "seed", "stop", "stream", "stream_options", "n"];
+        for option in options.into_iter().chain(["max_tokens"]) {
+            let body = json!({ "prompt": "a", option: null });
+            let request: Completion = serde_json::from_value(body).unwrap();
+            assert!(!request.common.streams() && !request.common.include_usage(), "{option}");
+        }
+        let body =
+            json!({ "prompt": "a", "stream": true, "stream_options": { "include_usage": null } });
+        let request: Completion = serde_json::from_value(body).unwrap();
+        assert!(request.common.streams() && !request.common.include_usage());
     }
 }

@@ -18,7 +18,7 @@ pub struct Metrics {
     pub done: Counter,
     /// Requests that failed.
     pub failed: Counter,
-    /// Requests whose client disconnected.
+    /// Requests whose client disconnected before their end.
     pub cancelled: Counter,
     /// Prompt tokens that the model processed.
     pub prompt_tokens: Counter,

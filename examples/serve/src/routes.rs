@@ -138,7 +138,7 @@ async fn chat_completions(
     let prompt = tokenized(&app, move |llm| llm.encode_chat(&messages)).await?;
     let most = request.max_completion_tokens.or(request.max_tokens);
     let answer = begin(&app, prompt, most, &request.common)?;
-    let piece: fn(&str) -> Value = match request.common.stream {
+    let piece: fn(&str) -> Value = match request.common.streams() {
         true => |piece| json!({ "delta": { "role": "assistant", "content": piece } }),
         false => |piece| json!({ "message": { "role": "assistant", "content": piece } }),
     };
@@ -265,7 +265,7 @@ impl Shape {
 }
 
 async fn respond(answer: Answer, shape: Shape, common: &Common) -> Result<Response, Failure> {
-    if common.stream {
+    if common.streams() {
         let events = stream(answer, shape, common.include_usage());
         return Ok(Sse::new(events).into_response());
     }

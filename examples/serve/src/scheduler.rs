@@ -34,14 +34,17 @@ pub struct Request {
 /// An event of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// The request has started, possibly again.
+    Started {
+        /// Tokens of the prompt whose keys and values come from an earlier request.
+        cached: usize,
+    },
     /// A token was generated.
     Token(u32),
     /// The text ended, at a stop token or at the limit of tokens.
     Done {
         /// Whether a stop token ended it.
         stopped: bool,
-        /// Tokens of the prompt whose keys and values come from an earlier request.
-        cached: usize,
     },
     /// The request failed.
     Failed(String),
@@ -72,8 +75,6 @@ struct Running {
     sampler: Sampler,
     /// Number of the prompt's tokens that have been fed.
     fed: usize,
-    /// Number of these tokens from a kept prefix.
-    cached: usize,
     /// The last generated token, which has not been fed yet.
     last: Option<u32>,
     written: usize,
@@ -197,17 +198,14 @@ impl Scheduler {
     }
 
     fn drop_cancelled(&mut self) {
-        let (model, metrics) = (&mut self.model, &self.metrics);
+        let model = &mut self.model;
         let (waited, ran) = (self.waiting.len(), self.running.len());
         self.waiting.retain(|waiting| !waiting.request.events.is_closed());
-        let left = waited - self.waiting.len();
-        metrics.cancelled.inc_by(left as u64);
-        metrics.waiting.dec_by(left as i64);
+        self.metrics.waiting.dec_by((waited - self.waiting.len()) as i64);
         self.running.retain(|running| {
             let keep = !running.request.events.is_closed();
             if !keep {
                 model.remove(running.seq);
-                metrics.cancelled.inc();
             }
             keep
         });
@@ -252,7 +250,7 @@ impl Scheduler {
         }
         let running = self.running.iter().map(|running| (running.seq, running.left()));
         let all: Vec<_> = running.chain([(seq, left)]).filter(|(_, left)| *left > 0).collect();
-        if self.model.can_append(&Batch::new(&all)?) {
+        if Batch::new(&all).is_ok_and(|batch| self.model.can_append(&batch)) {
             return Ok(Some(seq));
         }
         self.model.remove(seq);
@@ -262,19 +260,13 @@ impl Scheduler {
     fn start(&mut self, Waiting { request, sent }: Waiting, seq: SeqId, cached: usize) {
         self.metrics.cached_tokens.inc_by(cached as u64);
         match Sampler::new(request.sampling) {
-            Ok(sampler) => self.running.push(Running {
-                request,
-                seq,
-                sampler,
-                fed: cached,
-                cached,
-                last: None,
-                written: 0,
-                sent,
-            }),
+            Ok(sampler) => {
+                let _ = request.events.send(Event::Started { cached });
+                let (fed, last, written) = (cached, None, 0);
+                self.running.push(Running { request, seq, sampler, fed, last, written, sent });
+            }
             Err(error) => {
                 self.model.remove(seq);
-                self.metrics.failed.inc();
                 let _ = request.events.send(Event::Failed(error.to_string()));
             }
         }
@@ -283,7 +275,6 @@ impl Scheduler {
     fn refuse(&mut self, message: String) {
         if let Some(Waiting { request, .. }) = self.waiting.pop_front() {
             self.metrics.waiting.dec();
-            self.metrics.failed.inc();
             let _ = request.events.send(Event::Failed(message));
         }
     }
@@ -428,10 +419,9 @@ impl Scheduler {
             Ok(token) => token,
             Err(error) => return Some(Event::Failed(error.to_string())),
         };
-        let cached = running.cached;
         let ends = running.sent.len() == running.written && running.request.stop.contains(&token);
         if ends {
-            return Some(Event::Done { stopped: true, cached });
+            return Some(Event::Done { stopped: true });
         }
         // A request that was stopped repeats the tokens that it has sent.
         let repeated = running.sent.get(running.written).copied();
@@ -443,17 +433,13 @@ impl Scheduler {
             let _ = running.request.events.send(Event::Token(token));
         }
         let done = running.written == running.request.max_tokens;
-        done.then_some(Event::Done { stopped: false, cached })
+        done.then_some(Event::Done { stopped: false })
     }
 
     fn end(&mut self, i: usize, event: Event) {
         let running = self.running.remove(i);
         self.model.remove(running.seq);
         (self.full, self.stopped) = (false, false);
-        match event {
-            Event::Failed(_) => self.metrics.failed.inc(),
-            _ => self.metrics.done.inc(),
-        };
         let _ = running.request.events.send(event);
     }
 }
@@ -508,6 +494,7 @@ mod tests {
         let (mut tokens, mut last) = (Vec::new(), None);
         while let Ok(event) = received.try_recv() {
             match event {
+                Event::Started { .. } => {}
                 Event::Token(token) => tokens.push(token),
                 event => last = Some(event),
             }
@@ -555,19 +542,18 @@ mod tests {
             let document = prompt(7, 80);
             let question = |seed| [document.clone(), prompt(seed, 9)].concat();
             let mut keeps = scheduler(method, None, 8);
-            let mut answers = Vec::new();
+            let mut started = Vec::new();
             for seed in [1, 2, 3] {
                 let mut received = ask(&mut keeps, question(seed), 8);
                 finish(&mut keeps);
-                let (tokens, last) = events(&mut received);
+                started.push(received.try_recv().unwrap());
                 let mut alone = scheduler(method, None, 0);
                 let mut single = ask(&mut alone, question(seed), 8);
                 finish(&mut alone);
-                assert_eq!(tokens, events(&mut single).0, "{method}");
-                answers.push(last);
+                assert_eq!(events(&mut received), events(&mut single), "{method}");
             }
-            let cached = |cached| Some(Event::Done { stopped: false, cached });
-            assert_eq!(answers, [cached(0), cached(80), cached(80)], "{method}");
+            let cached = |cached| Event::Started { cached };
+            assert_eq!(started, [cached(0), cached(80), cached(80)], "{method}");
         }
     }
 
@@ -631,7 +617,7 @@ mod tests {
         finish(&mut small);
         for received in &mut all {
             let (tokens, last) = events(received);
-            assert_eq!((tokens.len(), last), (20, Some(Event::Done { stopped: false, cached: 0 })));
+            assert_eq!((tokens.len(), last), (20, Some(Event::Done { stopped: false })));
         }
         let (tokens, last) = events(&mut never);
         assert!(tokens.is_empty() && matches!(last, Some(Event::Failed(_))), "{last:?}");

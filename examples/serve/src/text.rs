@@ -3,6 +3,9 @@
 /// Decodes tokens to text.
 type Decode<'a> = &'a (dyn Fn(&[u32]) -> anyhow::Result<String> + Send + Sync);
 
+/// The largest number of tokens that are held back because their text ends within a character.
+const MAX_HELD: usize = 32;
+
 /// Converts tokens to pieces of text. A character whose bytes are in several tokens is part of the
 /// last token's piece.
 ///
@@ -10,35 +13,42 @@ type Decode<'a> = &'a (dyn Fn(&[u32]) -> anyhow::Result<String> + Send + Sync);
 /// affect only white space.
 #[derive(Default)]
 pub struct Detokenizer {
+    /// The tokens of the last piece, and those after it, which have not been returned.
     tokens: Vec<u32>,
-    /// Index of the first token of the last piece.
-    start: usize,
-    /// Index of the first token that has not been returned.
-    read: usize,
+    /// The number of tokens of the last piece.
+    returned: usize,
 }
 
 impl Detokenizer {
     /// Adds a token and returns the text that it completes, which can be empty.
     pub fn push(&mut self, token: u32, decode: Decode<'_>) -> anyhow::Result<String> {
         self.tokens.push(token);
-        let before = decode(&self.tokens[self.start..self.read])?;
-        let with = decode(&self.tokens[self.start..])?;
-        if with.ends_with('\u{FFFD}') || !with.starts_with(&before) {
+        let text = self.rest(decode)?;
+        let open = text.is_empty() || text.ends_with('\u{FFFD}');
+        if open && self.tokens.len() - self.returned < MAX_HELD {
             return Ok(String::new());
         }
-        let piece = with[before.len()..].to_owned();
-        if !piece.is_empty() {
-            (self.start, self.read) = (self.read, self.tokens.len());
-        }
-        Ok(piece)
+        self.tokens.drain(..self.returned);
+        self.returned = self.tokens.len();
+        Ok(text)
     }
 
     /// Returns the text of the remaining tokens, which have not completed a character.
     pub fn finish(&mut self, decode: Decode<'_>) -> anyhow::Result<String> {
-        let before = decode(&self.tokens[self.start..self.read])?;
-        let with = decode(&self.tokens[self.start..])?;
-        self.read = self.tokens.len();
-        Ok(with.strip_prefix(&before).unwrap_or_default().to_owned())
+        let text = self.rest(decode)?;
+        self.returned = self.tokens.len();
+        Ok(text)
+    }
+
+    /// Returns the text of the tokens that have not been returned.
+    fn rest(&self, decode: Decode<'_>) -> anyhow::Result<String> {
+        let before = decode(&self.tokens[..self.returned])?;
+        match decode(&self.tokens)?.strip_prefix(&before) {
+            Some(text) => Ok(text.to_owned()),
+            // An incomplete character also changes complete ones before it, if each of their bytes
+            // is a token.
+            None => decode(&self.tokens[self.returned..]),
+        }
     }
 }
 
@@ -103,6 +113,45 @@ mod tests {
         // Bytes that do not complete a character are returned at the end.
         assert_eq!(detokenizer.push(0xe6, &decode).unwrap(), "");
         assert_eq!(detokenizer.finish(&decode).unwrap(), "\u{FFFD}");
+    }
+
+    /// Decodes as Llama 2's tokenizer: the words after the bytes, and runs of bytes, of which each
+    /// is a replacement character unless all are valid.
+    fn with_byte_fallback(tokens: &[u32]) -> anyhow::Result<String> {
+        let is_byte = |token: u32| token < 256;
+        let run = |run: &[u32]| match run
+            .iter()
+            .map(|&t| u8::try_from(t))
+            .collect::<Result<Vec<_>, _>>()
+        {
+            Ok(bytes) => String::from_utf8(bytes).unwrap_or_else(|_| "\u{FFFD}".repeat(run.len())),
+            Err(_) => run.iter().map(|t| format!("w{t} ")).collect(),
+        };
+        Ok(tokens.chunk_by(|a, b| is_byte(*a) == is_byte(*b)).map(run).collect())
+    }
+
+    #[test]
+    fn text_goes_on_after_an_incomplete_character() {
+        let bytes = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+        // A character, the first byte of another one, and words.
+        let tokens = [bytes("漢"), vec![0xe6, 300, 301], bytes("字"), vec![302]].concat();
+        let mut detokenizer = Detokenizer::default();
+        let push = |&token| detokenizer.push(token, &with_byte_fallback).unwrap();
+        let text: String = tokens.iter().map(push).collect();
+        assert_eq!(text, "漢\u{FFFD}w300 w301 字w302 ");
+        assert_eq!(detokenizer.finish(&with_byte_fallback).unwrap(), "");
+    }
+
+    #[test]
+    fn invalid_text_is_returned_and_few_tokens_are_held() {
+        let mut detokenizer = Detokenizer::default();
+        let mut text = String::new();
+        for _ in 0..1000 {
+            text += &detokenizer.push(0xe6, &with_byte_fallback).unwrap();
+            assert!(detokenizer.tokens.len() <= 2 * MAX_HELD);
+        }
+        text += &detokenizer.finish(&with_byte_fallback).unwrap();
+        assert_eq!(text, "\u{FFFD}".repeat(1000));
     }
 
     #[test]

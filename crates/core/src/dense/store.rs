@@ -4,6 +4,7 @@ use super::device::DeviceTensors;
 use super::pages::{masked, pages, read, scatter, slice_pages};
 use super::pool::Pool;
 use crate::attention::{self, Element};
+use crate::finite::convert;
 use crate::selection::check_selections;
 #[cfg(feature = "cuda")]
 use crate::store::had_room;
@@ -167,7 +168,7 @@ impl KvStore for DenseStore {
 
     fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
         self.check_append(batch, k, v)?;
-        let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
+        let (k, v) = (convert("k", k, self.dtype)?, convert("v", v, self.dtype)?);
         let all = |tokens: Range<usize>, _: usize, _: usize| tokens;
         on_pool!(&mut self.storage,
             pool => {
@@ -186,7 +187,7 @@ impl KvStore for DenseStore {
     ) -> Result<()> {
         check_selections(batch, tokens, self.shape.kv_heads)?;
         self.check_append(batch, k, v)?;
-        let (k, v) = (k.to_dtype(self.dtype)?, v.to_dtype(self.dtype)?);
+        let (k, v) = (convert("k", k, self.dtype)?, convert("v", v, self.dtype)?);
         on_pool!(&mut self.storage,
             pool => {
                 let lists = lists(batch, tokens, self.shape.kv_heads)?;

@@ -2,8 +2,11 @@
 
 use crate::{Error, Position, Result};
 
-/// Checks that `cu_seqlens` starts at 0, does not decrease and has one element more than there are
-/// sequences, and that no sequence is listed twice.
+/// The largest number of tokens of a call. Numbers of bytes that follow from it do not overflow.
+const MAX_TOKENS: usize = u32::MAX as usize;
+
+/// Checks that `cu_seqlens` starts at 0, does not decrease, ends at 2^32 - 1 at most and has one
+/// element more than there are sequences, and that no sequence is listed twice.
 ///
 /// # Errors
 /// [`Error::Mismatch`].
@@ -17,6 +20,10 @@ pub fn check(seqs: &[u64], cu_seqlens: &[usize]) -> Result<()> {
     if let Some(pair) = cu_seqlens.windows(2).find(|pair| pair[0] > pair[1]) {
         let got = format!("{} before {}", pair[0], pair[1]);
         return Err(Error::mismatch("cu_seqlens", "numbers that never decrease", got));
+    }
+    if cu_seqlens[seqs.len()] > MAX_TOKENS {
+        let expected = format!("at most {MAX_TOKENS} tokens");
+        return Err(Error::mismatch("cu_seqlens", expected, cu_seqlens[seqs.len()]));
     }
     let mut sorted = seqs.to_vec();
     sorted.sort_unstable();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::checkpoint::Family;
 use super::forced_tokens::ForcedTokens;
-use longctx_checkpoint::open_tokenizer;
+use longctx_checkpoint::{open_tokenizer, unpanicked};
 use longctx_core::{Error, Result};
 use tokenizers::{AddedToken, Decoder, Encoding, Tokenizer};
 
@@ -48,7 +48,7 @@ impl Vocabulary {
     }
 
     pub fn encode(&self, text: &str) -> Result<Encoding> {
-        self.tokenizer.encode(text, false).map_err(Error::tokenizer)
+        unpanicked(|| self.tokenizer.encode(text, false))
     }
 
     /// Returns the token's text in the vocabulary; the unknown token for an unknown id.
@@ -64,7 +64,7 @@ impl Vocabulary {
     /// Returns the text that each of `tokens` adds to their joint decoding.
     pub fn decode(&self, tokens: Vec<String>) -> Result<Vec<String>> {
         match self.tokenizer.get_decoder() {
-            Some(decoder) => decoder.decode_chain(tokens).map_err(Error::tokenizer),
+            Some(decoder) => unpanicked(|| decoder.decode_chain(tokens)),
             None => Ok(tokens),
         }
     }
