@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(MOVE_THREADS) paged_move(const Move
 // Clusters need compute capability 9.0.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #include "paged/evict.cuh"
-extern "C" __global__ void __cluster_dims__(EVICT_BLOCKS, 1, 1) __launch_bounds__(EVICT_THREADS, 2) paged_evict(const __grid_constant__ EvictLayers a) { evict(a.layers[blockIdx.y]); }
+extern "C" __global__ void __cluster_dims__(EVICT_BLOCKS, 1, 1) __launch_bounds__(EVICT_THREADS, 4) paged_evict(const __grid_constant__ EvictLayers a) { evict(a.layers[blockIdx.y]); }
 #endif
 
 #define ATTEND(NAME, PAIR, D, N)                                                                                                   \

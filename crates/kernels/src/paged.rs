@@ -25,7 +25,7 @@ const MOVE_THREADS: u32 = 512;
 const MOVE_PIECES: usize = 2;
 /// Must equal the constants in kernels/paged/evict.cuh.
 const EVICT_THREADS: u32 = 512;
-const EVICT_BLOCKS: usize = 8;
+const EVICT_BLOCKS: usize = 4;
 /// Must equal the constant in kernels/paged/args.cuh.
 const EVICT_LAYERS: usize = 32;
 

@@ -9,7 +9,7 @@
 #include "append.cuh"
 #include "../rank.cuh"
 
-constexpr int EVICT_THREADS = 512, EVICT_BLOCKS = 8;  // thread blocks of a cluster
+constexpr int EVICT_THREADS = 512, EVICT_BLOCKS = 4;  // thread blocks of a cluster
 
 // Returns the attention probability that a query head gives to an entry.
 __device__ __forceinline__ float probability(const EvictArgs& a, long long head, int entry) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ unsigned long long lowest_of_block(unsigned long long
 // Moves the entries after `dropped` one place forward. A thread reads several entries before it
 // writes them.
 __device__ __forceinline__ void move_forward(const EvictArgs& a, const EvictRow& row, int dropped, int block) {
-    constexpr int UNROLL = 8;
+    constexpr int UNROLL = 4;
     const int all = 2 * a.pieces, each = (all + EVICT_BLOCKS - 1) / EVICT_BLOCKS, stretch = EVICT_THREADS / each;
     const int mine = threadIdx.x / each, piece = block * each + threadIdx.x % each;
     const bool value = piece >= a.pieces;
