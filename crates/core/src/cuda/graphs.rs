@@ -81,7 +81,8 @@ impl DecodeGraphs {
     /// [`Error::Mismatch`] if the device is not a CUDA device.
     pub fn new(device: &Device, max_seqs: usize) -> Result<Self> {
         let Device::Cuda(device) = device else {
-            return Err(Error::mismatch("device of CUDA graphs", "a CUDA device", "another"));
+            let got = format!("{:?}", device.location());
+            return Err(Error::mismatch("device of CUDA graphs", "a CUDA device", got));
         };
         let memory = || device.cuda_stream().alloc_zeros(MEMORY);
         Ok(Self {
