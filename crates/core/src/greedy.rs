@@ -36,7 +36,7 @@ pub struct PendingTokens<'a>(Pending<'a>);
 enum Pending<'a> {
     Ready(Vec<Result<u32>>, PhantomData<&'a ()>),
     #[cfg(feature = "cuda")]
-    OnDevice(cuda::Copy<'a>),
+    OnDevice(cuda::TokenCopy<'a>),
 }
 
 impl PendingTokens<'_> {
@@ -60,7 +60,7 @@ impl Greedy {
     /// copy takes longer than the step.
     ///
     /// # Errors
-    /// If the logits are not f32 of two dimensions.
+    /// If the logits are not f32 of two dimensions; an error of the CUDA driver.
     pub fn choose(&mut self, logits: &Tensor) -> Result<Vec<Result<u32>>> {
         self.start(logits)?.wait()
     }

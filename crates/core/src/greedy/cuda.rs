@@ -13,7 +13,7 @@ pub type HostTokens = PinnedHostSlice<u32>;
 
 /// A copy of tokens to the host.
 #[derive(Debug)]
-pub struct Copy<'a> {
+pub struct TokenCopy<'a> {
     host: &'a HostTokens,
     rows: usize,
     /// The end of the copy. `host` has an event too, but waiting for that one suspends the thread,
@@ -21,7 +21,7 @@ pub struct Copy<'a> {
     done: CudaEvent,
 }
 
-impl Copy<'_> {
+impl TokenCopy<'_> {
     pub fn wait(self) -> Result<Vec<Result<u32>>> {
         self.done.synchronize()?;
         let checked = |&token: &u32| match token {
@@ -37,7 +37,7 @@ pub fn start<'a>(
     host: &'a mut Option<HostTokens>,
     device: &CudaDevice,
     logits: &Tensor,
-) -> Result<Copy<'a>> {
+) -> Result<TokenCopy<'a>> {
     let ((rows, vocab), stream) = (logits.dims2()?, device.cuda_stream());
     if logits.dtype() != DType::F32 {
         return Err(Error::mismatch("dtype of the logits", "f32", logits.dtype().as_str()));
@@ -62,5 +62,5 @@ pub fn start<'a>(
             stream.memcpy_dtoh(storage.as_cuda_slice::<u32>()?, host)?;
         }
     }
-    Ok(Copy { host, rows, done: stream.record_event(None)? })
+    Ok(TokenCopy { host, rows, done: stream.record_event(None)? })
 }
