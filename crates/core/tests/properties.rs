@@ -183,8 +183,8 @@ fn a_call_that_fails_changes_nothing() {
     assert!(cache.can_append(&Batch::single(1, 32).unwrap()));
     assert!(!cache.can_append(&Batch::single(1, 33).unwrap()));
     // A request without a limit of tokens.
-    assert!(!cache.can_append(&Batch::single(0, usize::MAX).unwrap()));
-    assert!(!cache.can_append(&Batch::new(&[(0, 1), (1, usize::MAX - 1)]).unwrap()));
+    assert!(!cache.can_append(&Batch::single(0, u32::MAX as usize).unwrap()));
+    assert!(!cache.can_append(&Batch::new(&[(0, 1), (1, u32::MAX as usize - 1)]).unwrap()));
     let before = cache.footprint();
     let error = feed(&mut cache, &[(0, 1), (1, 33)]).unwrap_err();
     assert!(matches!(error, Error::PoolFull { .. }), "{error}");
