@@ -162,11 +162,15 @@ impl KvCache for SharedPrefill {
         self.of(seq).iter().map(|cache| cache.held(seq)).max().unwrap_or(0)
     }
 
+    /// Each cache is asked once, with all its tokens. Those of prompts are every cache's.
     fn can_append(&self, batch: &Batch) -> bool {
-        let fits = |(batch, _): &(Batch, usize)| {
-            self.of(batch.seqs()[0]).iter().all(|cache| cache.can_append(batch))
+        let fits = |i: usize| {
+            let tokens = batch.iter().map(|(seq, tokens)| (seq, tokens.len()));
+            let own: Vec<_> =
+                tokens.filter(|(seq, _)| self.route(*seq).is_none_or(|of| of == i)).collect();
+            own.is_empty() || Batch::new(&own).is_ok_and(|own| self.caches[i].can_append(&own))
         };
-        self.runs(batch).is_ok_and(|runs| runs.iter().all(fits))
+        (0..self.caches.len()).all(fits)
     }
 
     fn footprint(&self) -> Footprint {
@@ -186,8 +190,8 @@ impl KvCache for SharedPrefill {
 mod tests {
     use super::*;
     use crate::methods::listed;
-    use candle_core::Device;
-    use longctx_core::{AttentionShape, Rope, RopeScaling};
+    use candle_core::{DType, Device};
+    use longctx_core::{AttentionShape, DenseCache, Rope, RopeScaling};
     use std::sync::Arc;
 
     fn outputs(cache: &mut dyn KvCache, batch: &Batch, seed: u32) -> Vec<Vec<Vec<f32>>> {
@@ -230,5 +234,20 @@ mod tests {
             assert_eq!(shared.seq_footprint(4).payload, own.seq_footprint(1).payload, "{name}");
             assert_eq!((shared.seqs(), shared.seen(4), shared.seen(2)), (vec![0, 4], 303, 0));
         }
+    }
+
+    #[test]
+    fn all_tokens_of_a_cache_need_room_together() {
+        let spec = LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap());
+        // A block of 32 keys and values in f32 for each of two heads.
+        let bytes = 2 * 32 * 2 * 64 * 4;
+        let cache = || -> Box<dyn KvCache> {
+            Box::new(DenseCache::with_capacity(spec.clone(), DType::F32, bytes).unwrap())
+        };
+        let shared = SharedPrefill::new(spec.clone(), vec![cache(), cache()]);
+        let fits = |seqs: &[(SeqId, usize)]| shared.can_append(&Batch::new(seqs).unwrap());
+        assert!(fits(&[(2, 32)]) && fits(&[(0, 32), (1, 32)]));
+        // Sequences 0 and 3 belong to one cache, and sequence 2 is a prompt.
+        assert!(!fits(&[(0, 32), (1, 32), (3, 1)]) && !fits(&[(2, 32), (1, 1)]));
     }
 }

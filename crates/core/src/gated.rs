@@ -21,7 +21,7 @@ use rayon::prelude::*;
 /// ```
 ///
 /// # Errors
-/// [`Error::Mismatch`] if the shapes differ or are not of two dimensions.
+/// [`Error::Mismatch`] if the shapes differ or are not of two dimensions; an error of candle.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.rank() != 2 || up.dims() != gate.dims() {
         let expected = format!("[rows, columns], as gate's {:?}", gate.dims());
@@ -63,7 +63,7 @@ fn on_cpu(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(Tensor::from_vec(out, (rows, columns), &Device::Cpu)?))
 }
 
-/// Returns `None` for other dtypes, and for rows that are not aligned to 16 bytes.
+/// Returns `None` for other devices and dtypes, and for rows that are not aligned to 16 bytes.
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
@@ -76,7 +76,8 @@ fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
     let (rows, columns) = gate.dims2()?;
     let fits = |x: &Tensor| {
         let starts = [columns, x.layout().start_offset(), x.stride()[0]];
-        half_of(x) == Some(half) && x.stride()[1] == 1 && starts.iter().all(|n| n.is_multiple_of(8))
+        let aligned = x.stride()[1] == 1 && starts.iter().all(|n| n.is_multiple_of(8));
+        half_of(x) == Some(half) && aligned && x.device().same_device(gate.device())
     };
     if !fits(gate) || !fits(up) {
         return Ok(None);

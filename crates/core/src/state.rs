@@ -71,8 +71,8 @@ mod on_cuda {
     use candle_core::{CudaDevice, DType, Device, Tensor};
     use longctx_kernels::{MergeArgs, merge_states};
 
-    /// Merges parts one after the other, one kernel for each. Returns `None` for parts on another
-    /// device, and for outputs that the kernel does not support.
+    /// Merges parts one after the other, one kernel for each. Returns `None` for parts that are not
+    /// all on one CUDA device, and for outputs that the kernel does not support.
     pub fn merge(
         first: &AttentionState,
         rest: &[AttentionState],
@@ -80,8 +80,10 @@ mod on_cuda {
         let Device::Cuda(device) = first.out.device() else { return Ok(None) };
         let columns = first.out.dims3()?.2;
         let all = || std::iter::once(first).chain(rest);
-        let f32 = all().all(|part| [&part.out, &part.lse].iter().all(|x| x.dtype() == DType::F32));
-        if !f32 || !columns.is_multiple_of(4) || first.lse.elem_count() == 0 {
+        let fits =
+            |x: &&Tensor| x.dtype() == DType::F32 && x.device().same_device(first.out.device());
+        let fit = all().all(|part| [&part.out, &part.lse].iter().all(fits));
+        if !fit || !columns.is_multiple_of(4) || first.lse.elem_count() == 0 {
             return Ok(None);
         }
         if let Some(other) = rest.iter().find(|part| {

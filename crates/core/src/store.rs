@@ -263,6 +263,164 @@ pub trait KvStore: Send {
     }
 }
 
+/// Forwards every method, also those with a default implementation, which stores override.
+#[deny(clippy::missing_trait_methods)]
+impl<S: KvStore + ?Sized> KvStore for Box<S> {
+    fn shape(&self) -> &AttentionShape {
+        (**self).shape()
+    }
+
+    fn append(&mut self, batch: &Batch, k: &Tensor, v: &Tensor) -> Result<()> {
+        (**self).append(batch, k, v)
+    }
+
+    fn append_selected(
+        &mut self,
+        batch: &Batch,
+        k: &Tensor,
+        v: &Tensor,
+        tokens: &[Selection],
+    ) -> Result<()> {
+        (**self).append_selected(batch, k, v, tokens)
+    }
+
+    fn attend(&self, batch: &Batch, q: &Tensor, mask: Mask<'_>) -> Result<AttentionState> {
+        (**self).attend(batch, q, mask)
+    }
+
+    fn attend_output(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        mask: Mask<'_>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        (**self).attend_output(batch, q, mask, dtype)
+    }
+
+    fn prepares_decode(&self) -> bool {
+        (**self).prepares_decode()
+    }
+
+    fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        (**self).prepare_decode(batch, lists)
+    }
+
+    fn evicts_one(&self, seqs: &[SeqId]) -> bool {
+        (**self).evicts_one(seqs)
+    }
+
+    fn attend_and_evict(
+        &mut self,
+        batch: &Batch,
+        q: &Tensor,
+        dtype: DType,
+        evictions: &[EvictOne],
+    ) -> Result<(Tensor, Vec<KeptEntries>)> {
+        (**self).attend_and_evict(batch, q, dtype, evictions)
+    }
+
+    fn prepare_evict(
+        &mut self,
+        batch: &Batch,
+        evictions: &[EvictOne],
+        lists: &mut StepLists,
+    ) -> Result<Vec<KeptEntries>> {
+        (**self).prepare_evict(batch, evictions, lists)
+    }
+
+    fn attention_sums(
+        &self,
+        batch: &Batch,
+        q: &Tensor,
+        lse: &Tensor,
+        mask: Mask<'_>,
+    ) -> Result<Vec<AttentionSums>> {
+        (**self).attention_sums(batch, q, lse, mask)
+    }
+
+    fn retain(&mut self, seq: SeqId, keep: &Selection) -> Result<()> {
+        (**self).retain(seq, keep)
+    }
+
+    fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<bool>> {
+        (**self).retain_each(keep)
+    }
+
+    fn read(&self, seq: SeqId, kv_head: usize) -> Result<(Tensor, Tensor)> {
+        (**self).read(seq, kv_head)
+    }
+
+    fn read_range(
+        &self,
+        seq: SeqId,
+        kv_head: usize,
+        entries: Range<usize>,
+    ) -> Result<(Tensor, Tensor)> {
+        (**self).read_range(seq, kv_head, entries)
+    }
+
+    fn lens(&self, seq: SeqId) -> Vec<usize> {
+        (**self).lens(seq)
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
+        (**self).fork(from, to)
+    }
+
+    fn check_truncate_heads(&self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        (**self).check_truncate_heads(seq, lens)
+    }
+
+    fn truncate_heads(&mut self, seq: SeqId, lens: &[usize]) -> Result<()> {
+        (**self).truncate_heads(seq, lens)
+    }
+
+    fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
+        (**self).check_truncate(seq, len)
+    }
+
+    fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        (**self).truncate(seq, len)
+    }
+
+    fn mark(&self, seq: SeqId) -> Mark {
+        (**self).mark(seq)
+    }
+
+    fn restore(&mut self, seq: SeqId, mark: &Mark) -> Result<()> {
+        (**self).restore(seq, mark)
+    }
+
+    fn remove(&mut self, seq: SeqId) -> bool {
+        (**self).remove(seq)
+    }
+
+    fn seqs(&self) -> Vec<SeqId> {
+        (**self).seqs()
+    }
+
+    fn can_append(&self, batch: &Batch) -> bool {
+        (**self).can_append(batch)
+    }
+
+    fn footprint(&self) -> Footprint {
+        (**self).footprint()
+    }
+
+    fn seq_footprint(&self, seq: SeqId) -> Footprint {
+        (**self).seq_footprint(seq)
+    }
+
+    fn clear(&mut self) {
+        (**self).clear();
+    }
+
+    fn len(&self, seq: SeqId) -> usize {
+        (**self).len(seq)
+    }
+}
+
 /// Retains the selected entries of one sequence after the other, as
 /// [`retain_each`](KvStore::retain_each).
 pub(crate) fn retain_in_turn(

@@ -188,6 +188,31 @@ fn parts_merge_as_on_the_cpu() {
     }
 }
 
+/// A kernel must not read the memory of another device.
+#[test]
+fn tensors_of_two_devices_are_refused() {
+    let (Ok(device), Ok(other)) = (Device::new_cuda(0), Device::new_cuda(1)) else {
+        println!("skipped: fewer than two CUDA devices");
+        return;
+    };
+    let rows = random(4, 1, 64, DType::F16).squeeze(1).unwrap();
+    let on = |x: &Tensor| [x.to_device(&device).unwrap(), x.to_device(&other).unwrap()];
+    let [here, there] = on(&rows);
+    let weights = there.get(0).unwrap();
+    assert!(silu_mul(&here, &there).is_err());
+    assert!(linear(&here, &there).is_err());
+    assert!(add_rms_norm(&here, Some(&there), &weights, 1e-5).is_err());
+    let [q, k] = on(&random(4, 2, 64, DType::F16));
+    let (batch, shape) = (Batch::single(0, 4).unwrap(), AttentionShape::new(2, 2, 64).unwrap());
+    assert!(attention::attend(&batch, &q, &k, &k, &shape).is_err());
+    let state = |x: &Tensor| attention::attend(&batch, x, x, x, &shape).unwrap();
+    assert!(AttentionState::merge(&[state(&q), state(&k)]).is_err());
+    // Each is rotated on its own device.
+    let rope = Rope::new(64, 64, 10_000.0, RopeScaling::None).unwrap();
+    let both = rope.apply_both(&q, &k, &[5, 6, 7, 8]).unwrap();
+    assert_eq!(relative(&both.0, &both.1), 0.0);
+}
+
 #[test]
 fn greedy_tokens_are_the_cpus() {
     let Ok(device) = Device::new_cuda(0) else {

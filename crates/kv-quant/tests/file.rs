@@ -1,5 +1,5 @@
 //! Files of sequences: intact files can be loaded, all others are refused.
-#![cfg(all(feature = "save", not(miri)))] // Miri maps no files
+#![cfg(all(feature = "save", not(miri)))] // too long for an interpreter, and full of files
 
 mod reference_impl;
 
@@ -76,6 +76,18 @@ fn loaded_sequences_continue() {
             }
         }
     }
+}
+
+/// Another process may change a file that is open.
+#[test]
+fn an_open_file_does_not_change() {
+    let (_dir, path) = file();
+    let (pools, file) = (pools(), CacheFile::open(&path).unwrap());
+    let size = std::fs::read(&path).unwrap().len();
+    std::fs::write(&path, vec![0; size]).unwrap();
+    let mut loaded = file.pool(0).unwrap();
+    loaded.load(1, &file, 0).unwrap();
+    assert_eq!(all(&pools[0], 1), all(&loaded, 1));
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Damaged files of sequences: none panics, hangs or needs more memory than a multiple of its size.
-#![cfg(all(feature = "save", not(miri)))] // Miri maps no files
+#![cfg(all(feature = "save", not(miri)))] // too long for an interpreter, and full of files
 
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;

@@ -366,10 +366,6 @@ impl<S: KvStore, P: EvictionPolicy> KvCache for PolicyCache<S, P> {
     }
 
     fn can_append(&self, batch: &Batch) -> bool {
-        // All tokens of a sequence that holds entries are appended before some are evicted.
-        if batch.seqs().iter().all(|&seq| self.store.len(seq) > 0) {
-            return self.store.can_append(batch);
-        }
         let appended: Vec<_> =
             batch.iter().map(|(seq, own)| (seq, self.max_appended(seq, own.len()))).collect();
         Batch::new(&appended).is_ok_and(|batch| self.store.can_append(&batch))

@@ -271,6 +271,30 @@ fn exact(batch: &Batch, input: &Input) -> AttentionState {
     plain.attend(batch, &turn(&input.q), Mask::Causal).unwrap()
 }
 
+/// A store may be chosen at run time.
+#[test]
+fn a_boxed_store_gives_what_the_store_gives() {
+    let store = || DenseStore::with_capacity(shape(), DType::F16, 70_000).unwrap();
+    let boxed = || -> Box<dyn KvStore> { Box::new(store()) };
+    let text = Input::random(100);
+    for ((name, plain), (_, boxed)) in caches(store).into_iter().zip(caches(boxed)) {
+        let run = |mut cache: Box<dyn KvCache>| {
+            let mut outs = feed_all(&mut cache, 0, &text, &[50, 1, 1, 9, 1]);
+            let truncated = cache.truncate(0, 61).is_ok();
+            cache.fork(0, 1).unwrap();
+            for seq in [0, 1] {
+                outs.extend(feed_all(&mut cache, seq, &text.narrow(40, 30), &[1, 1]));
+            }
+            let fits = [1, 40, 900].map(|n| cache.can_append(&Batch::single(2, n).unwrap()));
+            let outs: Vec<_> = outs.iter().map(bits).collect();
+            let held = [0, 1].map(|seq| (cache.held(seq), cache.seq_footprint(seq)));
+            let footprint = cache.footprint();
+            (outs, truncated, fits, held, footprint, cache.remove(0), cache.seqs())
+        };
+        assert_eq!(run(plain), run(boxed), "{name}");
+    }
+}
+
 /// Which truncations are allowed: the law above would also hold if none were.
 #[test]
 fn drafts_are_rolled_back() {

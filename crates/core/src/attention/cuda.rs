@@ -86,7 +86,7 @@ pub fn has_kernels(device: &CudaDevice, dtype: DType, shape: &AttentionShape) ->
     Ok(false)
 }
 
-/// Returns the device if it has kernels for these tensors.
+/// Returns the device if it has kernels for these tensors and holds all of them.
 fn supported_device<'a>(
     q: &'a Tensor,
     k: &Tensor,
@@ -94,8 +94,8 @@ fn supported_device<'a>(
     shape: &AttentionShape,
 ) -> Result<Option<&'a CudaDevice>> {
     let Device::Cuda(device) = q.device() else { return Ok(None) };
-    let has_kernels = v.dtype() == k.dtype() && has_kernels(device, k.dtype(), shape)?;
-    Ok(has_kernels.then_some(device))
+    let alike = v.dtype() == k.dtype() && [k, v].iter().all(|x| x.device().same_device(q.device()));
+    Ok((alike && has_kernels(device, k.dtype(), shape)?).then_some(device))
 }
 
 /// Returns the view unchanged if its rows are aligned to 16 bytes, otherwise a contiguous copy.

@@ -58,7 +58,8 @@ pub fn rotate<const N: usize>(
     let fits = |x: &&Tensor| {
         let starts = [x.layout().start_offset(), x.stride()[0], x.stride()[1], x.dims()[2]];
         let in_pieces = starts.iter().all(|n| n.is_multiple_of(8)) && x.stride()[2] == 1;
-        in_pieces && x.dtype() == first.dtype() && x.elem_count() > 0
+        let alike = x.dtype() == first.dtype() && x.device().same_device(first.device());
+        in_pieces && alike && x.elem_count() > 0
     };
     if !tensors.iter().all(fits) || !of.has_cuda_kernel() {
         return Ok(None);

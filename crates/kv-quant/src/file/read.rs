@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
@@ -19,7 +18,7 @@ use safetensors::tensor::{Dtype, SafeTensors};
 
 /// A file of sequences. Its checksums have been verified.
 pub struct CacheFile {
-    bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
+    bytes: Vec<u8>,
     layers: Vec<Option<Layer>>,
     /// Dtype and byte range of each tensor.
     tensors: HashMap<String, (Dtype, Range<usize>)>,
@@ -81,19 +80,15 @@ impl fmt::Debug for CacheFile {
 }
 
 impl CacheFile {
-    /// Maps a file written by [`save`](super::save). The file must not be modified while this value
-    /// lives.
+    /// Reads a file written by [`save`](super::save) into memory.
     ///
     /// # Errors
-    /// [`Error::File`] if the file cannot be opened, is truncated or damaged, or has another format
-    /// or version.
+    /// [`Error::File`] if the file cannot be read, is truncated or damaged, or has another format or
+    /// version.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(|e| Error::file(path, e))?;
-        // SAFETY: the mapped memory changes only if the file is modified, which this function's
-        // documentation excludes.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::file(path, e))?;
-        Self::parse(Box::new(map)).map_err(|e| match e {
+        let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+        Self::from_bytes(bytes).map_err(|e| match e {
             Error::File { reason, .. } => Error::file(path, reason),
             other => Error::file(path, other),
         })
@@ -104,7 +99,35 @@ impl CacheFile {
     /// # Errors
     /// As [`open`](Self::open), with an empty path.
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self> {
-        Self::parse(Box::new(bytes))
+        let failed = |e: &dyn fmt::Display| Error::file("", e);
+        let (header_len, header) = SafeTensors::read_metadata(&bytes).map_err(|e| failed(&e))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let entry = |key: &str| metadata.get(key).map(String::as_str).unwrap_or_default();
+        if entry("format") != FORMAT || ![VERSION, PLAIN].contains(&entry("version")) {
+            let got = format!("format \"{}\", version \"{}\"", entry("format"), entry("version"));
+            return Err(failed(&format!(
+                "expected format \"{FORMAT}\", version \"{VERSION}\" or \"{PLAIN}\", got {got}"
+            )));
+        }
+        if crc32fast::hash(entry("heads").as_bytes()).to_string() != entry("check") {
+            return Err(failed(&"the description of its heads is damaged"));
+        }
+        let (layers, sums): (_, HashMap<String, u32>) =
+            serde_json::from_str(entry("heads")).map_err(|e| failed(&e))?;
+        let mut tensors = HashMap::new();
+        for (tensor, info) in header.tensors() {
+            let (start, end) = info.data_offsets;
+            let place = 8 + header_len + start..8 + header_len + end;
+            if sums.get(&tensor) != Some(&crc32fast::hash(&bytes[place.clone()])) {
+                return Err(failed(&format!("tensor {tensor} is damaged")));
+            }
+            tensors.insert(tensor, (info.dtype, place));
+        }
+        if tensors.len() != sums.len() {
+            let (expected, got) = (sums.len(), tensors.len());
+            return Err(failed(&format!("expected {expected} tensors, got {got}")));
+        }
+        Ok(Self { bytes, layers, tensors })
     }
 
     /// Returns the number of sequences in the file.
@@ -141,39 +164,6 @@ impl CacheFile {
                 Err(Error::mismatch("layer of the file", format!("below {}", self.len()), layer))
             }
         }
-    }
-
-    fn parse(bytes: Box<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self> {
-        let data = (*bytes).as_ref();
-        let failed = |e: &dyn fmt::Display| Error::file("", e);
-        let (header_len, header) = SafeTensors::read_metadata(data).map_err(|e| failed(&e))?;
-        let metadata = header.metadata().clone().unwrap_or_default();
-        let entry = |key: &str| metadata.get(key).map(String::as_str).unwrap_or_default();
-        if entry("format") != FORMAT || ![VERSION, PLAIN].contains(&entry("version")) {
-            let got = format!("format \"{}\", version \"{}\"", entry("format"), entry("version"));
-            return Err(failed(&format!(
-                "expected format \"{FORMAT}\", version \"{VERSION}\" or \"{PLAIN}\", got {got}"
-            )));
-        }
-        if crc32fast::hash(entry("heads").as_bytes()).to_string() != entry("check") {
-            return Err(failed(&"the description of its heads is damaged"));
-        }
-        let (layers, sums): (_, HashMap<String, u32>) =
-            serde_json::from_str(entry("heads")).map_err(|e| failed(&e))?;
-        let mut tensors = HashMap::new();
-        for (tensor, info) in header.tensors() {
-            let (start, end) = info.data_offsets;
-            let place = 8 + header_len + start..8 + header_len + end;
-            if sums.get(&tensor) != Some(&crc32fast::hash(&data[place.clone()])) {
-                return Err(failed(&format!("tensor {tensor} is damaged")));
-            }
-            tensors.insert(tensor, (info.dtype, place));
-        }
-        if tensors.len() != sums.len() {
-            let (expected, got) = (sums.len(), tensors.len());
-            return Err(failed(&format!("expected {expected} tensors, got {got}")));
-        }
-        Ok(Self { bytes, layers, tensors })
     }
 
     /// Returns the parts of a head, checked against each other and the pool.
@@ -235,9 +225,7 @@ impl CacheFile {
 
     fn tensor(&self, name: &str, expected: Dtype) -> Result<&[u8]> {
         match self.tensors.get(name) {
-            Some((dtype, place)) if *dtype == expected => {
-                Ok(&(*self.bytes).as_ref()[place.clone()])
-            }
+            Some((dtype, place)) if *dtype == expected => Ok(&self.bytes[place.clone()]),
             Some((dtype, _)) => {
                 Err(Error::file("", format!("tensor {name}: expected {expected:?}, got {dtype:?}")))
             }
