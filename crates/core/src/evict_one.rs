@@ -4,7 +4,7 @@ use crate::Ranking;
 use candle_core::Tensor;
 
 /// Evicts one entry of each kv head of a sequence after a decoded token: the one with the lowest
-/// score, the newest of equal ones.
+/// score, the newest of equal ones. The newest entry takes its place.
 ///
 /// The score of an entry is the token's attention probability, reduced over query heads, plus the
 /// entry's previous score. Tensors are on a CUDA device. See

@@ -14,6 +14,7 @@ use candle_core::{DType, Tensor};
 /// A store does not know positions or the rotary embedding: keys are stored as given. Entries are
 /// numbered per sequence and kv head in the order of appending. [`retain`](KvStore::retain)
 /// renumbers the remaining entries, so entry i of two heads may come from different tokens.
+/// [`attend_and_evict`](KvStore::attend_and_evict) moves the newest entry.
 ///
 /// Memory is a pool of blocks. A sequence has a block table per kv head; forks share blocks. After
 /// an error nothing has changed.
@@ -88,8 +89,9 @@ pub trait KvStore: Send {
     }
 
     /// Computes causal attention of one query per sequence, with the output in `dtype`, and evicts
-    /// one entry of each kv head by it. Returns the entries that are left. `evictions`: one for
-    /// each sequence.
+    /// one entry of each kv head by it. The newest entry takes the place of the evicted one: no
+    /// other entry moves, and entries are no longer in the order of appending. Returns the entries
+    /// that are left. `evictions`: one for each sequence.
     ///
     /// With [prepared](Self::prepare_evict) lists it only launches kernels, needs no `evictions` and
     /// returns no entries.

@@ -18,7 +18,8 @@ pub struct Candidates {
     pub ranking: Ranking,
 }
 
-/// How the entries of a sequence are ranked, and their positions.
+/// How the entries of a sequence are ranked, and their positions, no two of which are equal. Entries
+/// may be in any order.
 #[derive(Debug, Clone)]
 pub struct Ranking {
     /// How several scores of an entry are reduced.
@@ -29,9 +30,9 @@ pub struct Ranking {
     pub positions: Option<Tensor>,
     /// The position of the entry after these. The next ones follow it without gaps.
     pub next_position: u32,
-    /// Number of first entries that always stay, if there is room for them.
+    /// Entries at this many first positions always stay, if there is room for them.
     pub sinks: usize,
-    /// Number of last entries that always stay, if there is room for them.
+    /// Entries at this many last positions always stay, if there is room for them.
     pub recent: usize,
 }
 

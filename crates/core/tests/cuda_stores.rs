@@ -231,16 +231,29 @@ fn a_full_pool_of_blocks_changes_nothing() {
     assert_eq!((store.footprint(), store.seqs()), (before, vec![0]));
 }
 
+/// The positions of entries that always stay: those before `sinks_end`, and from `recent_start`.
+struct Protected {
+    sinks_end: u32,
+    recent_start: u32,
+}
+
+impl Protected {
+    fn contains(&self, position: u32) -> bool {
+        position < self.sinks_end || position >= self.recent_start
+    }
+}
+
 /// Returns the entries to keep, by sorting: protected ones first, then by score, then by age.
-fn best(scores: &[f32], count: usize, sinks: usize, recent: usize) -> Vec<u32> {
-    let protected = |i: u32| (i as usize) < sinks || i as usize >= scores.len() - recent;
+fn best(scores: &[f32], positions: &[u32], count: usize, protected: &Protected) -> Vec<u32> {
+    let position = |i: u32| positions[i as usize];
+    let protected = |i: u32| protected.contains(position(i));
     let score = |i: u32| match scores[i as usize] {
         x if x.is_nan() => f32::NEG_INFINITY,
         x => x,
     };
     let mut all: Vec<u32> = (0..scores.len() as u32).collect();
     all.sort_by(|&a, &b| {
-        let by_score = score(b).total_cmp(&score(a)).then(a.cmp(&b));
+        let by_score = score(b).total_cmp(&score(a)).then(position(a).cmp(&position(b)));
         protected(b).cmp(&protected(a)).then(by_score)
     });
     all.truncate(count);
@@ -289,7 +302,7 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
                 let scores: Vec<Vec<Vec<f32>>> =
                     (0..heads).map(|_| (0..rows).map(|_| list(len)).collect()).collect();
                 // Entries from the middle on are new: they have no previous score, and their
-                // positions continue from 1,000.
+                // positions follow those of all others.
                 let held = len / 2;
                 let previous: Vec<Vec<f32>> =
                     (0..3).map(|_| if adds { list(held) } else { Vec::new() }).collect();
@@ -300,8 +313,23 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
                 };
                 let sinks = draw(4).min(count);
                 let recent = draw(40).min(count - sinks);
-                let positions: Vec<u32> =
-                    (0..3 * held as u32).map(|i| i.wrapping_mul(2654435761)).collect();
+                let next = 2 * held as u32;
+                // In any order, with gaps.
+                let positions: Vec<Vec<u32>> = (0..3)
+                    .map(|_| {
+                        let mut all: Vec<u32> = (0..next).collect();
+                        (0..held).for_each(|i| all.swap(i, i + draw(2 * held - i)));
+                        all.truncate(held);
+                        all
+                    })
+                    .collect();
+                let all_positions = |head: usize| -> Vec<u32> {
+                    positions[head]
+                        .iter()
+                        .copied()
+                        .chain(next..next + (len - held) as u32)
+                        .collect()
+                };
                 inputs.push(Candidates {
                     kv_heads: 3,
                     scores: Tensor::new(scores.clone(), &device).unwrap(),
@@ -310,32 +338,33 @@ fn the_entries_of_the_highest_scores_are_those_of_a_sorted_list() {
                         reduction,
                         previous: (adds && held > 0)
                             .then(|| Tensor::new(previous.clone(), &device).unwrap()),
-                        positions: (held > 0).then(|| {
-                            Tensor::from_vec(positions.clone(), (3, held), &device).unwrap()
-                        }),
-                        next_position: 1000,
+                        positions: (held > 0)
+                            .then(|| Tensor::new(positions.clone(), &device).unwrap()),
+                        next_position: next,
                         sinks,
                         recent,
                     },
                 });
-                wanted.push((0..3).map(move |head| {
+                let end = next + (len - held) as u32;
+                let protected =
+                    Protected { sinks_end: sinks as u32, recent_start: end - recent as u32 };
+                let head = |head: usize| {
                     let rows = &scores[head.min(heads - 1)];
                     let scores = reduced(rows, reduction, &previous[head]);
-                    let keep = best(&scores, count, sinks, recent);
-                    let position = |&entry: &u32| match (entry as usize).checked_sub(held) {
-                        Some(after) => 1000 + after as u32,
-                        None => positions[head * held + entry as usize],
-                    };
-                    let kept_positions: Vec<u32> = keep.iter().map(position).collect();
+                    let positions = all_positions(head);
+                    let keep = best(&scores, &positions, count, &protected);
+                    let kept_positions: Vec<u32> =
+                        keep.iter().map(|&entry| positions[entry as usize]).collect();
                     (scores, keep, kept_positions)
-                }));
+                };
+                wanted.push((0..3).map(head).collect::<Vec<_>>());
             }
             let got = top_entries(&inputs).unwrap().unwrap();
             for ((input, got), wanted) in inputs.iter().zip(got).zip(wanted) {
                 let what = format!("{len} entries, round {round}, {} selected", input.count);
                 let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 let all = got.all_scores.to_vec2::<f32>().unwrap();
-                for (head, (scores, keep, positions)) in wanted.enumerate() {
+                for (head, (scores, keep, positions)) in wanted.into_iter().enumerate() {
                     assert_eq!(got.entries.heads().unwrap()[head], keep, "{what}");
                     assert_eq!(bits(&all[head]), bits(&scores), "{what}");
                     if input.count > 0 {
@@ -422,6 +451,30 @@ struct Evicting {
     next: u32,
     /// Positions of the entries of each head.
     known: Vec<Vec<u32>>,
+    /// The same in the order of the positions, with the scores.
+    in_order: Vec<Vec<(u32, f32)>>,
+}
+
+impl Evicting {
+    fn new(seq: SeqId, kv_heads: usize, len: usize, device: &Device) -> Self {
+        let known = vec![(0..len as u32).collect::<Vec<_>>(); kv_heads];
+        let in_order = vec![(0..len as u32).map(|position| (position, 0.0)).collect(); kv_heads];
+        let positions = Some(Tensor::new(known.clone(), device).unwrap());
+        Self { seq, positions, scores: None, next: len as u32, known, in_order }
+    }
+
+    /// Returns how the entries are ranked in the order of their positions.
+    fn ranking_in_order(&self, of: &Ranking, device: &Device) -> Ranking {
+        let lists =
+            |head: &Vec<(u32, f32)>| -> (Vec<u32>, Vec<f32>) { head.iter().copied().unzip() };
+        let (positions, scores): (Vec<_>, Vec<_>) = self.in_order.iter().map(lists).unzip();
+        let tensor = |_: &Tensor| Tensor::new(scores.clone(), device).unwrap();
+        Ranking {
+            positions: Some(Tensor::new(positions, device).unwrap()),
+            previous: of.previous.as_ref().map(tensor),
+            ..of.clone()
+        }
+    }
 }
 
 /// One step of several sequences: `one` evicts with attention, `plain` attends, sums, scores and
@@ -466,28 +519,37 @@ fn evict_step(
             kv_heads: shape.kv_heads,
             scores,
             count: len - 1,
-            ranking: eviction.ranking.clone(),
+            ranking: of.ranking_in_order(&eviction.ranking, device),
         };
         let top = top_entries(&[candidates]).unwrap().unwrap().pop().unwrap();
         let all = top.all_scores.to_vec2::<f32>().unwrap();
         let positions = kept[i].positions.to_vec2::<u32>().unwrap();
+        let protected =
+            Protected { sinks_end: sinks as u32, recent_start: of.next + 1 - recent as u32 };
         let mut keep = Vec::new();
         for (head, positions) in positions.iter().enumerate() {
-            of.known[head].push(of.next);
+            // The newest entry takes the place of the evicted one.
             let known = &mut of.known[head];
-            let same = known.iter().zip(positions).take_while(|(a, b)| a == b).count();
-            known.remove(same);
+            let place = known.iter().zip(positions).take_while(|(a, b)| a == b).count();
+            known.push(of.next);
+            let dropped = known.swap_remove(place);
             assert_eq!(known, positions, "{what}");
             // Scores that differ by rounding only may be in another order.
-            let least = all[head][sinks..len - recent].iter().copied().fold(f32::MAX, f32::min);
-            let dropped = all[head][same];
-            assert!((sinks..len - recent).contains(&same), "{what}");
-            assert!(dropped <= least * 1.001 + 1e-9, "{what}: {dropped}, {least}");
+            let entries = &mut of.in_order[head];
+            entries.push((of.next, 0.0));
+            entries.iter_mut().zip(&all[head]).for_each(|(entry, &score)| entry.1 = score);
+            let open = entries.iter().filter(|entry| !protected.contains(entry.0));
+            let least = open.map(|entry| entry.1).fold(f32::MAX, f32::min);
+            let same = entries.iter().position(|entry| entry.0 == dropped).unwrap();
+            let (_, score) = entries.remove(same);
+            assert!(!protected.contains(dropped), "{what}");
+            assert!(score <= least * 1.001 + 1e-9, "{what}: {score}, {least}");
             keep.push((0..len as u32).filter(|&entry| entry as usize != same).collect());
             if let Some(scores) = &kept[i].scores {
                 let scores = scores.get(head).unwrap().to_vec1::<f32>().unwrap();
-                let others = all[head].iter().enumerate().filter(|(entry, _)| *entry != same);
-                for (got, (_, want)) in scores.iter().zip(others) {
+                for (&position, got) in known.iter().zip(scores) {
+                    let at = entries.binary_search_by_key(&position, |entry| entry.0).unwrap();
+                    let want = entries[at].1;
                     assert!((got - want).abs() <= want * 1e-3 + 1e-9, "{what}: {got}, {want}");
                 }
             }
@@ -525,11 +587,7 @@ fn one_entry_is_evicted_as_in_separate_calls() {
             let (k, v) = (rows(), rows());
             one.append(&batch, &k, &v).unwrap();
             plain.append(&batch, &k, &v).unwrap();
-            let known = vec![(0..len as u32).collect(); kv_heads];
-            let next = len as u32;
-            let positions: Vec<u32> = (0..kv_heads as u32).flat_map(|_| 0..next).collect();
-            let positions = Tensor::from_vec(positions, (kv_heads, len), &device).unwrap();
-            seqs.push(Evicting { seq, positions: Some(positions), scores: None, next, known });
+            seqs.push(Evicting::new(seq, kv_heads, len, &device));
         }
         for step in 0..70 {
             let what = format!("{shape:?}, {kind:?}, step {step}");
@@ -538,11 +596,18 @@ fn one_entry_is_evicted_as_in_separate_calls() {
             let both = (&mut one, &mut plain);
             evict_step(both, &mut seqs, kind, protected, &device, &what);
         }
-        for seq in 0..3 {
-            for head in 0..kv_heads {
-                let read = |store: &DenseStore| store.read(seq, head).unwrap();
+        for of in &seqs {
+            for (head, known) in of.known.iter().enumerate() {
+                let mut order: Vec<u32> = (0..known.len() as u32).collect();
+                order.sort_unstable_by_key(|&entry| known[entry as usize]);
+                let order = Tensor::new(order, &device).unwrap();
+                let read = |store: &DenseStore| store.read(of.seq, head).unwrap();
                 let ((k, v), (dk, dv)) = (read(&one), read(&plain));
-                assert_eq!((relative(&k, &dk), relative(&v, &dv)), (0.0, 0.0));
+                let in_order = |x: &Tensor| x.index_select(&order, 0).unwrap();
+                assert_eq!(
+                    (relative(&in_order(&k), &dk), relative(&in_order(&v), &dv)),
+                    (0.0, 0.0)
+                );
             }
         }
         one.fork(0, 7).unwrap();

@@ -3,16 +3,12 @@
 // 96, 128, 192 or 256.
 #include "paged/append.cuh"
 #include "paged/attend.cuh"
+#include "paged/evict.cuh"
 #include "paged/sums.cuh"
 
 extern "C" __global__ void __launch_bounds__(APPEND_THREADS) paged_append(const AppendArgs a) { append(a); }
 extern "C" __global__ void __launch_bounds__(MOVE_THREADS) paged_move(const MoveArgs a) { move(a); }
-
-// Clusters need compute capability 9.0.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-#include "paged/evict.cuh"
-extern "C" __global__ void __cluster_dims__(EVICT_BLOCKS, 1, 1) __launch_bounds__(EVICT_THREADS, 4) paged_evict(const __grid_constant__ EvictLayers a) { evict(a.layers[blockIdx.y]); }
-#endif
+extern "C" __global__ void __launch_bounds__(EVICT_THREADS) paged_evict(const __grid_constant__ EvictLayers a) { evict(a.layers[blockIdx.y]); }
 
 #define ATTEND(NAME, PAIR, D, N)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(Rings<D>::THREADS) paged_attend_##NAME##_d##D##_n##N(const AttendArgs a) { \

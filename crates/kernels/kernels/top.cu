@@ -18,7 +18,7 @@ struct TopRow {
     int rows, len, scored, placed;
     uint32_t next;
     int count;
-    int sinks, recent;  // first and last entries that always stay; their sum is at most `count`
+    int sinks, recent;  // entries at the first and last positions always stay; their sum is at most `count`
     int maximum;        // 1: the maximum of a column; 0: its mean
     int unused;
 };
@@ -48,18 +48,23 @@ __device__ __forceinline__ int count_before(bool flag, int* warps, int& total) {
     return before + __popc(votes & ((1u << lane) - 1));
 }
 
-// Returns the rank of the `wanted`-th best entry of first..end: a radix selection, byte by byte
-// from the highest. `wanted` becomes the number of entries of this rank that are among the best.
-__device__ uint32_t last_rank(const float* scores, int first, int end, int& wanted) {
+__device__ __forceinline__ uint64_t key_of(const TopRow& row, int entry) {
+    return key_of(row, row.all_scores[entry], position_of(row, entry));
+}
+
+// Returns the key of the `wanted`-th best entry, or a lower one that only these reach: a radix
+// selection, byte by byte from the highest.
+__device__ uint64_t last_key(const TopRow& row, int wanted) {
     __shared__ int bins[BINS];
     __shared__ int found, left;
-    uint32_t rank = 0, mask = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
+    __shared__ bool complete;  // all entries whose key begins with `key` are among the best
+    uint64_t key = 0, mask = 0;
+    for (int shift = 56; shift >= 0; shift -= 8) {
         if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
         __syncthreads();
-        for (int i = first + threadIdx.x; i < end; i += THREADS) {
-            const uint32_t own = rank_of(scores[i]);
-            if ((own & mask) == rank) atomicAdd(&bins[own >> shift & (BINS - 1)], 1);
+        for (int i = threadIdx.x; i < row.len; i += THREADS) {
+            const uint64_t own = key_of(row, i);
+            if ((own & mask) == key) atomicAdd(&bins[own >> shift & (BINS - 1)], 1);
         }
         __syncthreads();
         // bins[i]: the number of entries in bin i and the bins above.
@@ -74,28 +79,38 @@ __device__ uint32_t last_rank(const float* scores, int first, int end, int& want
             if (bins[threadIdx.x] >= wanted && above < wanted) {
                 found = threadIdx.x;
                 left = wanted - above;
+                complete = bins[threadIdx.x] == wanted;
             }
         }
         __syncthreads();
-        rank |= uint32_t(found) << shift;
-        mask |= uint32_t(BINS - 1) << shift;
+        key |= uint64_t(found) << shift;
+        mask |= uint64_t(BINS - 1) << shift;
         wanted = left;
+        if (complete) break;
         __syncthreads();
     }
-    return rank;
+    return key;
 }
 
-// Returns the newest of the worst entries of first..end.
-__device__ int worst_entry(const float* scores, int first, int end) {
+// Returns the worst entry.
+__device__ int worst_entry(const TopRow& row) {
     __shared__ unsigned long long worst;
+    __shared__ int entry;
     if (threadIdx.x == 0) worst = ~0ull;
     __syncthreads();
     unsigned long long own = ~0ull;
-    for (int i = first + threadIdx.x; i < end; i += THREADS) own = min(own, place_of(scores[i], i));
-    for (int lanes = 16; lanes > 0; lanes /= 2) own = min(own, __shfl_xor_sync(~0u, own, lanes));
-    if (threadIdx.x % 32 == 0) atomicMin(&worst, own);
+    int own_entry = 0;
+    for (int i = threadIdx.x; i < row.len; i += THREADS) {
+        const unsigned long long key = key_of(row, i);
+        if (key <= own) own = key, own_entry = i;
+    }
+    unsigned long long lowest = own;
+    for (int lanes = 16; lanes > 0; lanes /= 2) lowest = min(lowest, __shfl_xor_sync(~0u, lowest, lanes));
+    if (threadIdx.x % 32 == 0) atomicMin(&worst, lowest);
     __syncthreads();
-    return int(~uint32_t(worst));
+    if (threadIdx.x < row.len && own == worst) entry = own_entry;
+    __syncthreads();
+    return entry;
 }
 
 __device__ float score_of(const TopRow& row, int i) {
@@ -111,38 +126,29 @@ __device__ float score_of(const TopRow& row, int i) {
 __device__ __forceinline__ void keep_entry(const TopRow& row, int i, int place) {
     row.kept[place] = i;
     row.kept_scores[place] = row.all_scores[i];
-    row.kept_positions[place] = i < row.placed ? row.positions[i] : row.next + (i - row.placed);
+    row.kept_positions[place] = position_of(row, i);
 }
 
 // Grid: one thread block for each row.
 extern "C" __global__ void __launch_bounds__(THREADS) top(const TopArgs a) {
     __shared__ int warps[WARPS];
     const TopRow& row = a.rows[blockIdx.x];
-    const float* scores = row.all_scores;
     for (int i = threadIdx.x; i < row.len; i += THREADS) row.all_scores[i] = score_of(row, i);
     __syncthreads();
-    const int end = row.len - row.recent;
+    if (row.count == 0) return;
     if (row.count + 1 >= row.len) {
         // A decoded token: one entry is dropped at most.
-        const int dropped = row.count < row.len ? worst_entry(scores, row.sinks, end) : row.len;
+        const int dropped = row.count < row.len ? worst_entry(row) : row.len;
         for (int i = threadIdx.x; i < row.len; i += THREADS)
             if (i != dropped) keep_entry(row, i, i - (i > dropped));
         return;
     }
-    int wanted = row.count - row.sinks - row.recent;
-    const bool any = wanted > 0;
-    const uint32_t rank = any ? last_rank(scores, row.sinks, end, wanted) : 0;
-    int equal = 0, kept = 0;
+    const uint64_t last = last_key(row, row.count);
+    int kept = 0;
     for (int start = 0; start < row.len; start += THREADS) {
         const int i = start + threadIdx.x;
-        const bool inside = i < row.len, middle = inside && i >= row.sinks && i < end;
-        const uint32_t own = middle && any ? rank_of(scores[i]) : 0;
-        const bool ties = middle && any && own == rank;
+        const bool keep = i < row.len && key_of(row, i) >= last;
         int total;
-        // Of equal scores, the older entries stay.
-        const bool early = equal + count_before(ties, warps, total) < wanted;
-        equal += total;
-        const bool keep = inside && (!middle || (any && (own > rank || (ties && early))));
         const int place = kept + count_before(keep, warps, total);
         if (keep) keep_entry(row, i, place);
         kept += total;

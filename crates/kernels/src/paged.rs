@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::{Error, Half, PAGE, Result};
 use longctx_cuda::cudarc::driver::{CudaContext, CudaStream, DeviceRepr};
-use longctx_cuda::{Image, Kernel, compute_capability, multiprocessors};
+use longctx_cuda::{Image, Kernel, multiprocessors};
 
 static IMAGE: Image = longctx_cuda::image!("paged");
 
@@ -23,9 +23,8 @@ const SUMS_THREADS: u32 = 128;
 const APPEND_THREADS: u32 = 256;
 const MOVE_THREADS: u32 = 512;
 const MOVE_PIECES: usize = 2;
-/// Must equal the constants in kernels/paged/evict.cuh.
+/// Must equal the constant in kernels/paged/evict.cuh.
 const EVICT_THREADS: u32 = 512;
-const EVICT_BLOCKS: usize = 4;
 /// Must equal the constant in kernels/paged/args.cuh.
 const EVICT_LAYERS: usize = 32;
 
@@ -279,9 +278,9 @@ longctx_cuda::args! {
         pub placed: i32,
         /// The position of entry `placed`. Later entries have the positions after it.
         pub next: u32,
-        /// Number of first entries that always stay.
+        /// Entries at this many first positions always stay.
         pub sinks: i32,
-        /// Number of last entries that always stay. `sinks + recent` is less than `len`.
+        /// Entries at this many last positions always stay. `sinks + recent` is less than `len`.
         pub recent: i32,
         /// 1: all query heads of the layer are reduced; 0: those of the kv head.
         pub layer: i32,
@@ -474,20 +473,12 @@ pub unsafe fn move_entries(
     Ok(())
 }
 
-/// Returns whether the device has the kernel of [`evict`]: compute capability 9.0 or later.
+/// Drops the entry with the lowest score of each kv head, the newest of equal ones, and moves the
+/// newest entry to its place. `layers`: the evictions of each layer. No two tables share a block. A
+/// launch takes up to 32 layers, because the rows of one layer do not fill the device.
 ///
 /// # Errors
 /// An error of the CUDA driver.
-pub fn evicts(context: &CudaContext) -> Result<bool> {
-    Ok(compute_capability(context)? >= (9, 0))
-}
-
-/// Drops the entry with the lowest score of each kv head, the newest of equal ones, and moves the
-/// later entries one place forward. `layers`: the evictions of each layer. No two tables share a
-/// block. A launch takes up to 32 layers, because the rows of one layer do not fill the device.
-///
-/// # Errors
-/// An error of the CUDA driver, also if the device lacks the [kernel](evicts).
 ///
 /// # Safety
 /// As [`attend`].
@@ -498,7 +489,7 @@ pub unsafe fn evict(stream: &Arc<CudaStream>, layers: &[EvictArgs]) -> Result<()
         args.0[..layers.len()].copy_from_slice(layers);
         let rows = layers.iter().map(|of| of.count.max(0) as usize).max().unwrap_or(0);
         // SAFETY: the caller guarantees the addresses.
-        unsafe { kernel.launch(stream, [EVICT_BLOCKS * rows, layers.len(), 1], &args) }?;
+        unsafe { kernel.launch(stream, [rows, layers.len(), 1], &args) }?;
     }
     Ok(())
 }

@@ -41,9 +41,10 @@ longctx_cuda::args! {
         pub next: u32,
         /// Number of entries to select; at most `len`.
         pub count: i32,
-        /// Number of first entries that are always selected.
+        /// Entries at this many first positions are always selected.
         pub sinks: i32,
-        /// Number of last entries that are always selected. `sinks + recent` is at most `count`.
+        /// Entries at this many last positions are always selected. `sinks + recent` is at most
+        /// `count`.
         pub recent: i32,
         /// 1: a column is reduced to its maximum; 0: to its mean.
         pub maximum: i32,

@@ -240,7 +240,8 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     }
 
     /// Returns the original positions of each kv head's entries, `[kv_heads]` lists; empty for an
-    /// unknown sequence.
+    /// unknown sequence. They increase, except after decoded tokens of H2O or TOVA on a CUDA device:
+    /// there a token takes the place of the entry that it evicts.
     ///
     /// # Errors
     /// If the positions are on a device and the copy fails.

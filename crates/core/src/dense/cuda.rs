@@ -36,8 +36,6 @@ pub struct CudaPool {
     last_tables: LastTables,
     /// The last prepared decode step.
     prepared: Option<Prepared>,
-    /// Whether the device has the kernel that evicts.
-    has_evict: bool,
     /// Thread blocks of attention that the device runs concurrently, for 8 and for 16 columns.
     slots: [OnceLock<usize>; 2],
 }
@@ -78,7 +76,6 @@ impl CudaPool {
             shape: *shape,
             dtype,
             device: device.clone(),
-            has_evict: paged::evicts(stream.context())?,
             blocks: Blocks::new(stream, size, capacity),
             seqs: BTreeMap::new(),
             last_tables: LastTables::default(),

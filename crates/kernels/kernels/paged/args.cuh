@@ -119,7 +119,7 @@ struct EvictRow {
     int kv_head, token;
     int len, scored, placed;
     uint32_t next;
-    int sinks, recent;  // first and last entries that always stay; their sum is less than `len`
+    int sinks, recent;  // entries at the first and last positions always stay; their sum is less than `len`
     int layer;          // 1: all query heads are reduced; 0: those of the kv head
     int maximum;        // 1: reduced to the maximum; 0: to the mean
     int unused;

@@ -7,7 +7,7 @@
 // f32.
 #pragma once
 #include "args.cuh"
-#include "mma.cuh"
+#include "../mma.cuh"
 
 constexpr int TILE = 16, STAGES = 3;
 // Scores may exceed the base of their column's softmax by SLACK, so that outputs are rarely scaled.

@@ -5,7 +5,7 @@
 // queries x entries exists, and the order of each sum is fixed.
 #pragma once
 #include "args.cuh"
-#include "mma.cuh"
+#include "../mma.cuh"
 
 constexpr int SUMS_THREADS = 128;
 constexpr int QUERIES = 64;  // per tile: 16 for each warp

@@ -10,8 +10,11 @@ use longctx_core::{Batch, Error, EvictOne, KeptEntries, KvStore, Result, SeqId, 
 impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
     /// Returns whether a call has one token of each sequence, after the prompts, of which each
     /// evicts one entry of each head by its attention, and the store does this in one launch.
+    ///
+    /// Entries are then no longer in the order of their positions. Selection on the device does not
+    /// need that order, except that the newest entry is the last one.
     pub(super) fn evicts_one(&self, batch: &Batch) -> bool {
-        self.reduced_attention().is_some()
+        self.reduced_attention().is_some_and(|scores| scores.newest <= 1)
             && self.spec.sink_logits.is_none()
             && batch.iter().all(|(seq, own)| self.decodes(seq, own.len()))
             && self.store.evicts_one(batch.seqs())

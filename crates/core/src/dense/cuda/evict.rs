@@ -27,8 +27,8 @@ impl EvictLists {
 }
 
 impl CudaPool {
-    /// Returns whether each sequence can evict one entry of each head: the device has the kernel,
-    /// heads have equally many entries, and no block is shared.
+    /// Returns whether each sequence can evict one entry of each head: heads have equally many
+    /// entries, and no block is shared.
     pub fn evicts_one(&self, seqs: &[SeqId]) -> bool {
         let any_shared = self.blocks.any_shared();
         let of_seq = |seq: &SeqId| {
@@ -38,7 +38,7 @@ impl CudaPool {
             let own = |table: &BlockTable| !any_shared || !table.blocks.iter().any(shared);
             sequence.heads.iter().all(|table| table.len == len && own(table))
         };
-        self.has_evict && self.decodes(1) && seqs.iter().all(of_seq)
+        self.decodes(1) && seqs.iter().all(of_seq)
     }
 
     /// Computes causal attention of one query per sequence, and evicts one entry of each head.
@@ -120,8 +120,8 @@ impl CudaPool {
             return Err(Error::mismatch("evictions", expected, evictions.len()));
         }
         if !self.evicts_one(batch.seqs()) {
-            let what = "one eviction per head of these sequences: it needs compute capability 9.0, \
-                        heads with equally many entries, and blocks that no fork shares";
+            let what = "one eviction per head of these sequences: it needs heads with equally many \
+                        entries, and blocks that no fork shares";
             return Err(Error::Unsupported(what.into()));
         }
         let (mut rows, mut all_kept) = (Vec::new(), Vec::new());

@@ -1,7 +1,7 @@
 // Instructions of tensor cores and asynchronous copies, and conversions of pairs of numbers.
 #pragma once
 #include <cstdint>
-#include "../half.cuh"
+#include "half.cuh"
 
 // Returns 2^x, to within 2 units in the last place.
 __device__ __forceinline__ float power_of_two(float x) {
