@@ -213,6 +213,33 @@ fn layers_share_the_lists_of_equal_lengths_only() {
     }
 }
 
+/// The heads per kv head are equal, so the plans differ in the number of kv heads only.
+#[test]
+fn layers_with_other_kv_heads_share_no_lists() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shapes = [8, 2, 8, 2].map(|heads| AttentionShape::new(heads, heads, 64).unwrap());
+    let stores = || shapes.map(|shape| DenseStore::new(shape, DType::F16).unwrap());
+    let (mut sharing, mut alone) = (stores(), stores());
+    for tokens in [70, 1, 1] {
+        let batch = Batch::single(0, tokens).unwrap();
+        for (shape, (shared, own)) in shapes.iter().zip(sharing.iter_mut().zip(&mut alone)) {
+            let rows = || random(tokens, shape.heads, 64, DType::F16).to_device(&device).unwrap();
+            let (q, k, v) = (rows(), rows(), rows());
+            let attend = |store: &mut DenseStore, batch: &Batch| {
+                store.append(batch, &k, &v).unwrap();
+                store.attend(batch, &q, Mask::Causal).unwrap().out
+            };
+            let got = attend(shared, &batch);
+            let want = attend(own, &Batch::single(0, tokens).unwrap());
+            assert_eq!(relative(&got, &want), 0.0, "{tokens} tokens, {} heads", shape.heads);
+            assert_eq!(shared.lens(0), own.lens(0));
+        }
+    }
+}
+
 #[test]
 fn a_full_pool_of_blocks_changes_nothing() {
     let Ok(device) = Device::new_cuda(0) else {
