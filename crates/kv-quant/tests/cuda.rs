@@ -470,6 +470,20 @@ fn a_full_pool_changes_nothing() {
 }
 
 #[test]
+fn a_fork_without_room_leaves_no_sinks() {
+    let Some(device) = device() else { return };
+    let spec = LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap());
+    let cache = QuantCache::new(spec, Format::kivi(Bits::Four, Bits::Four, 32, 64).unwrap());
+    let mut cache = cache.unwrap().with_sinks(4).unwrap();
+    let x = |heads| numbers(50, heads, 64).to_device(&device).unwrap();
+    let batch = Batch::single(0, 50).unwrap();
+    cache.attend(&Step { batch: &batch, q: &x(4), k: &x(2), v: &x(2) }).unwrap();
+    let mut cache = cache.with_capacity(0);
+    assert!(matches!(cache.fork(0, 1), Err(Error::PoolFull { .. })));
+    assert_eq!((cache.seqs(), cache.held(1)), (vec![0], 0));
+}
+
+#[test]
 fn caches_attend_as_on_the_cpu() {
     let Some(device) = device() else { return };
     let spec = LayerSpec::new(AttentionShape::new(8, 2, 64).unwrap());

@@ -336,11 +336,14 @@ impl KvCache for QuantCache {
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         let seen = self.seen.check_fork(from, to)?;
-        for store in [&mut self.sinks, &mut self.store] {
-            if !store.lens(from).is_empty() {
-                store.fork(from, to)?;
-            }
-        }
+        let fork = |store: &mut QuantStore| match store.lens(from).is_empty() {
+            true => Ok(()),
+            false => store.fork(from, to),
+        };
+        fork(&mut self.sinks)?;
+        fork(&mut self.store).inspect_err(|_| {
+            self.sinks.remove(to);
+        })?;
         self.seen.set(to, seen);
         Ok(())
     }
