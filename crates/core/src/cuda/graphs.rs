@@ -147,7 +147,6 @@ impl DecodeGraphs {
         let Some(layers) = layers else {
             return Ok(read(forward(caches, batch, &ids_on(&self.device, ids)?)?));
         };
-        self.incomplete = true;
         let memory = self.prepare(batch, ids, layers, states)?;
         let (logits, end) = self.run(&batch.with_prepared(memory), ids, memory, caches, forward)?;
         let out = read(logits);
@@ -221,7 +220,9 @@ impl DecodeGraphs {
         self.lists.push(bytes_of(ids), size_of_val(ids));
         states.iter().for_each(|&address| self.lists.push_size(address as usize));
         for cache in layers {
+            // A cache that fails has changed nothing, or has poisoned its sequences.
             cache.prepare_decode(batch, &mut self.lists)?;
+            self.incomplete = true;
         }
         let stream = self.device.cuda_stream();
         reserve(&mut self.on_device, self.lists.bytes().len(), &stream)?;

@@ -393,7 +393,7 @@ impl KvCache for QuantCache {
             && self.check_all(batch).is_ok()
             && self.order == Order::AttendFirst
             && sinks
-            && self.store.prepares_append_after_attention();
+            && self.store.prepares_append_after_attention(batch);
         prepares.then_some(self)
     }
 
