@@ -143,6 +143,19 @@ impl CudaPool {
         self.blocks.check(batch.iter().map(needed).sum()).is_ok()
     }
 
+    /// Returns whether there is room for copies of a sequence's shared blocks, and then for a token
+    /// of each sequence of a batch, which takes at most one block per head.
+    pub fn can_copy_and_append(&self, seq: SeqId, batch: &Batch) -> bool {
+        if !self.blocks.any_shared() {
+            return true;
+        }
+        let heads = self.seqs.get(&seq).into_iter().flat_map(|of| &of.heads);
+        let blocks = heads.flat_map(|table| &table.blocks);
+        let shared = blocks.filter(|&&block| self.blocks.shared(block)).count();
+        let appended = batch.seqs().len() * self.shape.kv_heads;
+        shared == 0 || self.blocks.check(shared + appended).is_ok()
+    }
+
     /// Returns the number of blocks that an append to a head takes: new blocks, and a copy of a
     /// shared last block.
     fn blocks_needed(&self, table: &BlockTable, tokens: usize) -> usize {
