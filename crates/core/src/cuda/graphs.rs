@@ -26,6 +26,10 @@ const MEMORY: usize = 1 << 16;
 /// Kernels that are launched one by one start while the host makes the lists of later layers. A
 /// graph starts after all lists have been made. So graphs are for few sequences, whose lists are
 /// short.
+///
+/// candle's device has another stream on each thread. A step may run on another thread than the last
+/// one: it [waits](Self::wait) for the launches that the last one left. Other calls of the caches,
+/// such as forks and truncations, do not wait. Make them on the thread of the last step.
 pub struct DecodeGraphs {
     device: CudaDevice,
     max_seqs: usize,
@@ -114,6 +118,15 @@ impl DecodeGraphs {
         std::mem::take(&mut self.incomplete)
     }
 
+    /// Makes later work of this thread on the device wait for the launches that the last step left.
+    /// The thread of the last step waits without this call.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn wait(&self) -> Result<()> {
+        self.side.join()
+    }
+
     /// Runs a decode step of sequences that have tokens, and returns what `read` returns for its
     /// logits. `states`: device addresses that `forward` uses besides the caches, and that can differ
     /// between steps.
@@ -137,7 +150,7 @@ impl DecodeGraphs {
         forward: &mut Forward<'_>,
         read: impl FnOnce(Tensor) -> T,
     ) -> Result<T> {
-        self.incomplete = false;
+        self.wait()?;
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
         let layers = match seqs > self.max_seqs || refused {
