@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use longctx_core::{
     AttentionShape, AttentionSums, Batch, Candidates, DenseStore, EntryRanges, Error, EvictOne,
-    KvStore, Mask, Ranking, RowReduction, Selection, SeqId, top_entries,
+    KvStore, Mask, Ranking, RowReduction, Selection, SeqId, StepLists, top_entries,
 };
 
 /// Returns a generator of numbers below its argument, the same in every run.
@@ -588,6 +588,45 @@ fn evict_step(
     }
 }
 
+/// Returns an eviction of an entry without earlier scores.
+fn plain_eviction() -> EvictOne {
+    let ranking = Ranking {
+        reduction: RowReduction::Mean,
+        previous: None,
+        positions: None,
+        next_position: 0,
+        sinks: 0,
+        recent: 0,
+    };
+    EvictOne { of_layer: false, ranking, carries_scores: false, outputs: None }
+}
+
+#[test]
+fn an_eviction_is_that_of_the_prepared_sequences() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = DenseStore::new(shape, DType::F16).unwrap();
+    let batch = Batch::new(&[(0, 70), (1, 70)]).unwrap();
+    let x = random(140, 2, 64, DType::F16).to_device(&device).unwrap();
+    store.append(&batch, &x, &x).unwrap();
+    let [both, first, second] = [&[0, 1][..], &[0], &[1]].map(|seqs| Batch::decode(seqs).unwrap());
+    let mut lists = StepLists::default();
+    store.prepare_decode(&first, &mut lists).unwrap();
+    for (other, evictions) in [(&both, 2), (&second, 1)] {
+        let evictions = vec![plain_eviction(); evictions];
+        let error = store.prepare_evict(other, &evictions, &mut lists).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    }
+    // A sequence without entries has none to evict.
+    store.truncate(0, 0).unwrap();
+    let error = store.prepare_evict(&first, &[plain_eviction()], &mut lists).unwrap_err();
+    assert!(error.to_string().contains("at least 1, got 0"), "{error}");
+    assert_eq!((store.len(0), store.len(1)), (0, 70));
+}
+
 /// Attention and eviction in two launches, compared with separate calls.
 #[test]
 fn one_entry_is_evicted_as_in_separate_calls() {
@@ -641,18 +680,7 @@ fn one_entry_is_evicted_as_in_separate_calls() {
         assert!(!one.evicts_one(&[0]) && one.evicts_one(&[1]));
         let batch = Batch::single(0, 1).unwrap();
         let q = random(1, heads, d, dtype).to_device(&device).unwrap();
-        let ranking = Ranking {
-            reduction: RowReduction::Mean,
-            previous: None,
-            positions: None,
-            next_position: 0,
-            sinks: 0,
-            recent: 0,
-        };
-        let of = EvictOne { of_layer: false, ranking, carries_scores: false, outputs: None };
-        assert!(matches!(
-            one.attend_and_evict(&batch, &q, dtype, &[of]),
-            Err(Error::Unsupported(_))
-        ));
+        let refused = one.attend_and_evict(&batch, &q, dtype, &[plain_eviction()]);
+        assert!(matches!(refused, Err(Error::Unsupported(_))));
     }
 }

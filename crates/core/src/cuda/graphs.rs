@@ -161,7 +161,10 @@ impl DecodeGraphs {
             return Ok(read(forward(caches, batch, &ids_on(&self.device, ids)?)?));
         };
         let memory = self.prepare(batch, ids, layers, states)?;
-        let (logits, end) = self.run(&batch.with_prepared(memory), ids, memory, caches, forward)?;
+        // SAFETY: all caches have prepared this batch. The memory has the sizes of the lists, and the
+        // next step reuses or frees it after the launches of this one, in the order of the stream.
+        let prepared = unsafe { batch.with_prepared(memory) };
+        let (logits, end) = self.run(&prepared, ids, memory, caches, forward)?;
         let out = read(logits);
         match (end, self.captured_end(seqs)) {
             (Some(launches), _) => self.side.run(launches)?,

@@ -34,8 +34,9 @@ pub struct CudaPool {
     blocks: Blocks,
     seqs: BTreeMap<SeqId, Sequence>,
     last_tables: LastTables,
-    /// The last prepared decode step.
+    /// The last prepared decode step, and its sequences.
     prepared: Option<Prepared>,
+    prepared_seqs: Vec<SeqId>,
     /// Thread blocks of attention that the device runs concurrently, for 8 and for 16 columns.
     slots: [OnceLock<usize>; 2],
 }
@@ -80,6 +81,7 @@ impl CudaPool {
             seqs: BTreeMap::new(),
             last_tables: LastTables::default(),
             prepared: None,
+            prepared_seqs: Vec::new(),
             slots: Default::default(),
         }))
     }

@@ -321,7 +321,9 @@ impl QuantCache {
     /// Launches the attention of a prepared step.
     #[cfg(feature = "cuda")]
     fn attend_prepared(&mut self, step: &Step<'_>, lists: u64) -> Result<Tensor> {
-        let (q, k) = step.rotate_at(&self.spec, lists + self.positions)?;
+        // SAFETY: the lists are those that `prepare_decode` has made for this batch, as the caller of
+        // `Batch::with_prepared` guarantees. They have a position for each token at this offset.
+        let (q, k) = unsafe { step.rotate_at(&self.spec, lists + self.positions) }?;
         let unprepared = || Error::Unsupported("a prepared decode step of this cache".into());
         let parts = self.attend_in_store(step, &q, &k)?.ok_or_else(unprepared)?;
         self.output(step, &parts)

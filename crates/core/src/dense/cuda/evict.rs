@@ -90,6 +90,11 @@ impl CudaPool {
     ) -> Result<Vec<KeptEntries>> {
         let missing = || Error::Unsupported("an eviction without a prepared step".into());
         let prepared = self.prepared.ok_or_else(missing)?;
+        if self.prepared_seqs != batch.seqs() {
+            let expected = format!("{:?}, as in the prepared step", self.prepared_seqs);
+            let got = format!("{:?}", batch.seqs());
+            return Err(Error::mismatch("sequences of a prepared eviction", expected, got));
+        }
         let (rows, kept) = self.evict_rows(batch, evictions)?;
         let (heads, row) = (batch.tokens() * self.shape.heads, self.scores_row(batch));
         lists.push_size(row);
@@ -127,6 +132,10 @@ impl CudaPool {
         let (mut rows, mut all_kept) = (Vec::new(), Vec::new());
         for ((seq, tokens), of) in batch.iter().zip(evictions) {
             let len = self.known(seq)?.heads[0].len;
+            if len == 0 {
+                let what = format!("entries of sequence {seq} to evict one from");
+                return Err(Error::mismatch(what, "at least 1", 0));
+            }
             let kept = self.kept_entries(of, len - 1)?;
             let first = self.evict_row(of, &kept, len)?;
             for kv_head in 0..self.shape.kv_heads {
