@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use longctx_core::{
     AttentionShape, AttentionSums, Batch, Candidates, DenseStore, EntryRanges, Error, EvictOne,
-    KvStore, Mask, Ranking, RowReduction, Selection, SeqId, StepLists, top_entries,
+    KeptEntries, KvStore, Mask, Ranking, RowReduction, Selection, SeqId, StepLists, top_entries,
 };
 
 /// Returns a generator of numbers below its argument, the same in every run.
@@ -625,6 +625,56 @@ fn an_eviction_is_that_of_the_prepared_sequences() {
     let error = store.prepare_evict(&first, &[plain_eviction()], &mut lists).unwrap_err();
     assert!(error.to_string().contains("at least 1, got 0"), "{error}");
     assert_eq!((store.len(0), store.len(1)), (0, 70));
+}
+
+#[test]
+fn kept_entries_are_written_to_memory_that_fits_only() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = DenseStore::new(shape, DType::F16).unwrap();
+    let x = random(70, 2, 64, DType::F16).to_device(&device).unwrap();
+    store.append(&Batch::single(0, 70).unwrap(), &x, &x).unwrap();
+    let q = random(1, 4, 64, DType::F16).to_device(&device).unwrap();
+    let zeros = |dims, dtype, device: &Device| Tensor::zeros(dims, dtype, device).unwrap();
+    // Of another dtype, with strides, on another device.
+    for (i, wrong) in [
+        zeros((2, 69), DType::F32, &device),
+        zeros((68, 2), DType::U32, &device).t().unwrap(),
+        zeros((2, 67), DType::U32, &Device::Cpu),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let outputs = Some(KeptEntries { positions: wrong, scores: None });
+        let eviction = EvictOne { outputs, ..plain_eviction() };
+        let batch = Batch::decode(&[0]).unwrap();
+        let (_, kept) = store.attend_and_evict(&batch, &q, DType::F16, &[eviction]).unwrap();
+        let kept = &kept[0].positions;
+        assert_eq!((kept.dtype(), kept.dims()), (DType::U32, &[2, 69 - i][..]));
+        assert!(kept.is_contiguous() && kept.device().same_device(&device));
+        assert!(kept.to_vec2::<u32>().unwrap().iter().flatten().all(|&position| position < 70));
+    }
+}
+
+#[test]
+fn layers_with_a_sliding_window_do_not_evict_by_attention() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let shape = AttentionShape { window: Some(64), ..shape };
+    let mut store = DenseStore::new(shape, DType::F16).unwrap();
+    let x = random(200, 2, 64, DType::F16).to_device(&device).unwrap();
+    store.append(&Batch::single(0, 200).unwrap(), &x, &x).unwrap();
+    assert!(!store.evicts_one(&[0]));
+    let q = random(1, 4, 64, DType::F16).to_device(&device).unwrap();
+    let batch = Batch::decode(&[0]).unwrap();
+    let refused = store.attend_and_evict(&batch, &q, DType::F16, &[plain_eviction()]);
+    assert!(matches!(refused, Err(Error::Unsupported(_))));
 }
 
 /// Attention and eviction in two launches, compared with separate calls.

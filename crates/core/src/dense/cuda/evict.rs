@@ -28,7 +28,8 @@ impl EvictLists {
 
 impl CudaPool {
     /// Returns whether each sequence can evict one entry of each head: heads have equally many
-    /// entries, and no block is shared.
+    /// entries, and no block is shared. With a sliding window, attention leaves out the scores of
+    /// entries beyond it.
     pub fn evicts_one(&self, seqs: &[SeqId]) -> bool {
         let any_shared = self.blocks.any_shared();
         let of_seq = |seq: &SeqId| {
@@ -38,7 +39,7 @@ impl CudaPool {
             let own = |table: &BlockTable| !any_shared || !table.blocks.iter().any(shared);
             sequence.heads.iter().all(|table| table.len == len && own(table))
         };
-        self.decodes(1) && seqs.iter().all(of_seq)
+        self.decodes(1) && self.shape.window.is_none() && seqs.iter().all(of_seq)
     }
 
     /// Computes causal attention of one query per sequence, and evicts one entry of each head.
@@ -126,7 +127,7 @@ impl CudaPool {
         }
         if !self.evicts_one(batch.seqs()) {
             let what = "one eviction per head of these sequences: it needs heads with equally many \
-                        entries, and blocks that no fork shares";
+                        entries, blocks that no fork shares, and no sliding window";
             return Err(Error::Unsupported(what.into()));
         }
         let (mut rows, mut all_kept) = (Vec::new(), Vec::new());
@@ -161,15 +162,19 @@ impl CudaPool {
 
     fn kept_entries(&self, of: &EvictOne, count: usize) -> Result<KeptEntries> {
         let dims = (self.shape.kv_heads, count);
+        let device = Device::Cuda(self.device.clone());
+        let is = |x: &Tensor, dtype| {
+            let here = x.is_contiguous() && x.device().same_device(&device);
+            x.dims() == [dims.0, dims.1] && x.dtype() == dtype && here
+        };
         let fits = |kept: &&KeptEntries| {
-            let KeptEntries { positions, scores } = kept;
-            let scores_fit = scores.as_ref().is_some_and(|of| of.dims() == positions.dims());
-            positions.dims() == [dims.0, dims.1] && (scores_fit || !of.carries_scores)
+            let scores = kept.scores.as_ref();
+            is(&kept.positions, DType::U32)
+                && scores.map_or(!of.carries_scores, |scores| is(scores, DType::F32))
         };
         if let Some(kept) = of.outputs.as_ref().filter(fits) {
             return Ok(kept.clone());
         }
-        let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernel writes every element.
         let empty = |dtype| unsafe { Tensor::empty(dims, dtype, &device) };
         let scores = of.carries_scores.then(|| empty(DType::F32)).transpose()?;
