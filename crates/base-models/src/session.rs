@@ -51,6 +51,9 @@ impl Session {
     /// sequences, and replays them. Models in f32, and steps whose caches or layers do not support
     /// it, run as usual.
     ///
+    /// A call waits for evictions of the step before, also on another thread. Forks, truncations and
+    /// removals do not: make them on the thread of the last step.
+    ///
     /// # Errors
     /// [`Error::Mismatch`] if the model is not on a CUDA device.
     #[cfg(feature = "cuda")]
@@ -96,15 +99,17 @@ impl Session {
     ) -> Result<T> {
         let model = &self.model;
         #[cfg(feature = "cuda")]
-        if let Some(graphs) = &mut self.graphs
-            && model.is_half()
-            && batch.max_seqlen() == 1
-            && batch.seqs().iter().all(|seq| self.sequences.contains_key(seq))
-        {
-            let mut forward = |caches: &mut [Box<dyn KvCache>], batch: &Batch, ids: &Tensor| {
-                model.forward(caches, batch, ids, logits)
-            };
-            return graphs.step(batch, ids, &mut self.caches, &[], &mut forward, read);
+        if let Some(graphs) = &mut self.graphs {
+            if model.is_half()
+                && batch.max_seqlen() == 1
+                && batch.seqs().iter().all(|seq| self.sequences.contains_key(seq))
+            {
+                let mut forward = |caches: &mut [Box<dyn KvCache>], batch: &Batch, ids: &Tensor| {
+                    model.forward(caches, batch, ids, logits)
+                };
+                return graphs.step(batch, ids, &mut self.caches, &[], &mut forward, read);
+            }
+            graphs.wait()?;
         }
         let ids = Tensor::new(ids, model.device())?;
         Ok(read(model.forward(&mut self.caches, batch, &ids, logits)?))

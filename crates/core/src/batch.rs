@@ -108,8 +108,16 @@ impl Batch {
 
     /// Returns the batch of a decode step whose lists have been
     /// [prepared](crate::PreparedDecode::prepare_decode).
+    ///
+    /// # Safety
+    /// The caches and stores that receive the batch have prepared their last step for these
+    /// sequences, in this order. `step` has the device addresses of that step's lists, and of a
+    /// workspace and reserved memory of at least the sizes that its
+    /// [`StepLists`](crate::StepLists) require. The memory lives until the launches of the batch
+    /// have run, and nothing else uses it until then.
     #[must_use]
-    pub fn with_prepared(&self, step: PreparedStep) -> Self {
+    #[allow(unsafe_code)]
+    pub unsafe fn with_prepared(&self, step: PreparedStep) -> Self {
         Self { prepared: Some(step), ..self.clone() }
     }
 

@@ -67,8 +67,13 @@ impl Step<'_> {
     ///
     /// # Errors
     /// [`Error::Unsupported`] if no CUDA kernel rotates these tensors; errors of the driver.
+    ///
+    /// # Safety
+    /// The address is that of a position for each token, on the device of the tensors. The memory
+    /// lives until the launch has run.
     #[cfg(feature = "cuda")]
-    pub fn rotate_at(&self, spec: &LayerSpec, positions: u64) -> Result<(Tensor, Tensor)> {
+    #[allow(unsafe_code)]
+    pub unsafe fn rotate_at(&self, spec: &LayerSpec, positions: u64) -> Result<(Tensor, Tensor)> {
         match &spec.rope {
             Some(rope) => rope.apply_both_at(self.q, self.k, positions),
             None => Ok((self.q.clone(), self.k.clone())),

@@ -17,8 +17,8 @@ pub struct EvictOne {
     pub ranking: Ranking,
     /// Whether the scores are needed for the next token.
     pub carries_scores: bool,
-    /// Memory for the kept entries, which nothing else uses, if it has their shape; otherwise they
-    /// have new memory.
+    /// Memory for the kept entries, which nothing else uses, if it has their shape and dtypes, is
+    /// contiguous and on the store's device. Otherwise they have new memory.
     pub outputs: Option<KeptEntries>,
 }
 

@@ -109,12 +109,13 @@ pub trait KvStore: Send {
         Err(Error::Unsupported("attention and eviction in one call".into()))
     }
 
-    /// Adds an eviction to a step that [`prepare_decode`](Self::prepare_decode) has prepared, and
-    /// returns the entries that it will leave. The tensors of `evictions` must live until the step
-    /// has been launched.
+    /// Adds an eviction to a step that [`prepare_decode`](Self::prepare_decode) has prepared for the
+    /// same sequences, and returns the entries that it will leave. The tensors of `evictions` must
+    /// live until the step has been launched.
     ///
     /// # Errors
-    /// As [`attend_and_evict`](Self::attend_and_evict).
+    /// As [`attend_and_evict`](Self::attend_and_evict), and [`Error::Mismatch`] if the last step was
+    /// prepared for other sequences.
     fn prepare_evict(
         &mut self,
         _: &Batch,

@@ -148,8 +148,11 @@ impl<S: KvStore, C: CacheStrategy<S>> StoreCache<S, C> {
 
     /// Launches the attention of a prepared step.
     #[cfg(feature = "cuda")]
+    #[allow(unsafe_code)]
     fn attend_prepared(&mut self, step: &Step<'_>, lists: u64) -> Result<Tensor> {
-        let (q, k) = step.rotate_at(&self.spec, lists + self.positions)?;
+        // SAFETY: the lists are those that `prepare_decode` has made for this batch, as the caller of
+        // `Batch::with_prepared` guarantees. They have a position for each token at this offset.
+        let (q, k) = unsafe { step.rotate_at(&self.spec, lists + self.positions) }?;
         self.strategy.attend(&self.spec, &mut self.store, &Step { q: &q, k: &k, ..*step })
     }
 

@@ -13,7 +13,8 @@ use half::f16;
 use longctx_core::cuda::DecodeGraphs;
 use longctx_core::{
     AttentionShape, AttentionState, Batch, DenseCache, Error, Greedy, KvCache, LayerSpec, Mask,
-    PostAttention, Rope, RopeScaling, SeqId, Step, add_rms_norm, attention, linear, silu_mul,
+    PostAttention, Rope, RopeScaling, SeqId, Step, StepLists, add_rms_norm, attention, linear,
+    silu_mul,
 };
 use longctx_cuda::compute_capability;
 use longctx_kernels::{Half, PAGE, PostAttentionArgs, PrefillArgs, has_post_attention, prefill};
@@ -361,6 +362,37 @@ fn a_prepared_step_that_fails_is_incomplete() {
     };
     assert!(graphs.step(&batch, &[7], &mut caches, &[], fails, |_| ()).is_err());
     assert!(graphs.take_incomplete() && !graphs.take_incomplete());
+}
+
+/// Copies of shared blocks would take the room that the token needs.
+#[test]
+fn a_prepared_step_postpones_an_eviction_without_room() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    // Blocks of 64 entries of one head: keys and values in f16.
+    const BLOCK: usize = 64 * (64 + 64) * 2;
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let shape = AttentionShape { window: Some(192), ..shape };
+    let spec = LayerSpec::new(shape);
+    let mut cache = DenseCache::with_capacity(spec, DType::F16, 22 * BLOCK).unwrap();
+    let attend = |cache: &mut DenseCache, seq, tokens| {
+        let x = |heads| random(tokens, heads, 64, DType::F16).to_device(&device).unwrap();
+        let batch = Batch::single(seq, tokens).unwrap();
+        cache.attend(&Step { batch: &batch, q: &x(4), k: &x(2), v: &x(2) }).unwrap();
+    };
+    attend(&mut cache, 9, 192);
+    attend(&mut cache, 0, 448);
+    cache.fork(0, 1).unwrap();
+    attend(&mut cache, 0, 64);
+    cache.fork(0, 2).unwrap();
+    // There are now six free blocks, as many as the copies of the window's blocks.
+    assert!(cache.remove(9));
+    let (batch, mut lists) = (Batch::decode(&[0]).unwrap(), StepLists::default());
+    assert!(cache.held(0) == 512 && cache.can_append(&batch));
+    cache.prepared_decode(&batch).unwrap().prepare_decode(&batch, &mut lists).unwrap();
+    assert_eq!((cache.seen(0), cache.held(0)), (513, 513));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{random, relative};
 use longctx_core::{
     AttentionShape, AttentionSums, Batch, Candidates, DenseStore, EntryRanges, Error, EvictOne,
-    KvStore, Mask, Ranking, RowReduction, Selection, SeqId, top_entries,
+    KeptEntries, KvStore, Mask, Ranking, RowReduction, Selection, SeqId, StepLists, top_entries,
 };
 
 /// Returns a generator of numbers below its argument, the same in every run.
@@ -209,6 +209,33 @@ fn layers_share_the_lists_of_equal_lengths_only() {
             let got = attend(shared, &batch);
             let want = attend(own, &Batch::new(&parts).unwrap());
             assert_eq!(relative(&got, &want), 0.0, "step {i}, layer {layer}");
+        }
+    }
+}
+
+/// The heads per kv head are equal, so the plans differ in the number of kv heads only.
+#[test]
+fn layers_with_other_kv_heads_share_no_lists() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shapes = [8, 2, 8, 2].map(|heads| AttentionShape::new(heads, heads, 64).unwrap());
+    let stores = || shapes.map(|shape| DenseStore::new(shape, DType::F16).unwrap());
+    let (mut sharing, mut alone) = (stores(), stores());
+    for tokens in [70, 1, 1] {
+        let batch = Batch::single(0, tokens).unwrap();
+        for (shape, (shared, own)) in shapes.iter().zip(sharing.iter_mut().zip(&mut alone)) {
+            let rows = || random(tokens, shape.heads, 64, DType::F16).to_device(&device).unwrap();
+            let (q, k, v) = (rows(), rows(), rows());
+            let attend = |store: &mut DenseStore, batch: &Batch| {
+                store.append(batch, &k, &v).unwrap();
+                store.attend(batch, &q, Mask::Causal).unwrap().out
+            };
+            let got = attend(shared, &batch);
+            let want = attend(own, &Batch::single(0, tokens).unwrap());
+            assert_eq!(relative(&got, &want), 0.0, "{tokens} tokens, {} heads", shape.heads);
+            assert_eq!(shared.lens(0), own.lens(0));
         }
     }
 }
@@ -561,6 +588,95 @@ fn evict_step(
     }
 }
 
+/// Returns an eviction of an entry without earlier scores.
+fn plain_eviction() -> EvictOne {
+    let ranking = Ranking {
+        reduction: RowReduction::Mean,
+        previous: None,
+        positions: None,
+        next_position: 0,
+        sinks: 0,
+        recent: 0,
+    };
+    EvictOne { of_layer: false, ranking, carries_scores: false, outputs: None }
+}
+
+#[test]
+fn an_eviction_is_that_of_the_prepared_sequences() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = DenseStore::new(shape, DType::F16).unwrap();
+    let batch = Batch::new(&[(0, 70), (1, 70)]).unwrap();
+    let x = random(140, 2, 64, DType::F16).to_device(&device).unwrap();
+    store.append(&batch, &x, &x).unwrap();
+    let [both, first, second] = [&[0, 1][..], &[0], &[1]].map(|seqs| Batch::decode(seqs).unwrap());
+    let mut lists = StepLists::default();
+    store.prepare_decode(&first, &mut lists).unwrap();
+    for (other, evictions) in [(&both, 2), (&second, 1)] {
+        let evictions = vec![plain_eviction(); evictions];
+        let error = store.prepare_evict(other, &evictions, &mut lists).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    }
+    // A sequence without entries has none to evict.
+    store.truncate(0, 0).unwrap();
+    let error = store.prepare_evict(&first, &[plain_eviction()], &mut lists).unwrap_err();
+    assert!(error.to_string().contains("at least 1, got 0"), "{error}");
+    assert_eq!((store.len(0), store.len(1)), (0, 70));
+}
+
+#[test]
+fn kept_entries_are_written_to_memory_that_fits_only() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let mut store = DenseStore::new(shape, DType::F16).unwrap();
+    let x = random(70, 2, 64, DType::F16).to_device(&device).unwrap();
+    store.append(&Batch::single(0, 70).unwrap(), &x, &x).unwrap();
+    let q = random(1, 4, 64, DType::F16).to_device(&device).unwrap();
+    let zeros = |dims, dtype, device: &Device| Tensor::zeros(dims, dtype, device).unwrap();
+    // Of another dtype, with strides, on another device.
+    for (i, wrong) in [
+        zeros((2, 69), DType::F32, &device),
+        zeros((68, 2), DType::U32, &device).t().unwrap(),
+        zeros((2, 67), DType::U32, &Device::Cpu),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let outputs = Some(KeptEntries { positions: wrong, scores: None });
+        let eviction = EvictOne { outputs, ..plain_eviction() };
+        let batch = Batch::decode(&[0]).unwrap();
+        let (_, kept) = store.attend_and_evict(&batch, &q, DType::F16, &[eviction]).unwrap();
+        let kept = &kept[0].positions;
+        assert_eq!((kept.dtype(), kept.dims()), (DType::U32, &[2, 69 - i][..]));
+        assert!(kept.is_contiguous() && kept.device().same_device(&device));
+        assert!(kept.to_vec2::<u32>().unwrap().iter().flatten().all(|&position| position < 70));
+    }
+}
+
+#[test]
+fn layers_with_a_sliding_window_do_not_evict_by_attention() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let shape = AttentionShape { window: Some(64), ..shape };
+    let mut store = DenseStore::new(shape, DType::F16).unwrap();
+    let x = random(200, 2, 64, DType::F16).to_device(&device).unwrap();
+    store.append(&Batch::single(0, 200).unwrap(), &x, &x).unwrap();
+    assert!(!store.evicts_one(&[0]));
+    let q = random(1, 4, 64, DType::F16).to_device(&device).unwrap();
+    let batch = Batch::decode(&[0]).unwrap();
+    let refused = store.attend_and_evict(&batch, &q, DType::F16, &[plain_eviction()]);
+    assert!(matches!(refused, Err(Error::Unsupported(_))));
+}
+
 /// Attention and eviction in two launches, compared with separate calls.
 #[test]
 fn one_entry_is_evicted_as_in_separate_calls() {
@@ -614,18 +730,7 @@ fn one_entry_is_evicted_as_in_separate_calls() {
         assert!(!one.evicts_one(&[0]) && one.evicts_one(&[1]));
         let batch = Batch::single(0, 1).unwrap();
         let q = random(1, heads, d, dtype).to_device(&device).unwrap();
-        let ranking = Ranking {
-            reduction: RowReduction::Mean,
-            previous: None,
-            positions: None,
-            next_position: 0,
-            sinks: 0,
-            recent: 0,
-        };
-        let of = EvictOne { of_layer: false, ranking, carries_scores: false, outputs: None };
-        assert!(matches!(
-            one.attend_and_evict(&batch, &q, dtype, &[of]),
-            Err(Error::Unsupported(_))
-        ));
+        let refused = one.attend_and_evict(&batch, &q, dtype, &[plain_eviction()]);
+        assert!(matches!(refused, Err(Error::Unsupported(_))));
     }
 }

@@ -88,6 +88,9 @@ impl Session {
     /// sequences, and replays them while the same sequences decode. Models in f32, and attention
     /// layers whose caches do not support it, run as usual.
     ///
+    /// A call waits for evictions of the step before, also on another thread. Forks, truncations and
+    /// removals do not: make them on the thread of the last step.
+    ///
     /// # Errors
     /// [`Error::Mismatch`] if the model is not on a CUDA device.
     #[cfg(feature = "cuda")]

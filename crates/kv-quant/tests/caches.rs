@@ -193,6 +193,54 @@ fn a_call_that_fails_changes_nothing() {
     }
 }
 
+/// Sink logits of a wrong number fail after attention.
+#[test]
+fn a_call_that_fails_after_its_attention_changes_nothing_or_poisons() {
+    let failing = LayerSpec { sink_logits: Some(vec![0.0].into()), ..spec() };
+    let prompts = Batch::new(&[(0, 3), (1, 80)]).unwrap();
+    let (q, kv) = (random(83, HEADS), random(83, KV_HEADS));
+    let step = Step { batch: &prompts, q: &q, k: &kv, v: &kv };
+    let next = Batch::new(&[(0, 2), (1, 7), (2, 9)]).unwrap();
+    let (q, kv) = (random(18, HEADS), random(18, KV_HEADS));
+    let more = Step { batch: &next, q: &q, k: &kv, v: &kv };
+    for (format, poisons) in [(flexgen(), false), (kivi(Bits::Four), true)] {
+        for (order, sinks) in [Order::AttendFirst, Order::QuantizeFirst]
+            .into_iter()
+            .flat_map(|order| [0, 4].map(|sinks| (order, sinks)))
+        {
+            let cache = QuantCache::new(failing.clone(), format).unwrap();
+            let mut cache = cache.with_order(order).with_sinks(sinks).unwrap();
+            cache.append_prompt(&step, None).unwrap();
+            let mut before = cache.clone();
+            let error = cache.attend(&more).unwrap_err().to_string();
+            assert!(error.starts_with("sink logits"), "{error}");
+            assert_eq!((cache.seqs(), cache.held(2)), (vec![0, 1], 0));
+            assert_eq!((cache.seen(0), cache.held(0)), (3, 3));
+            let poisons = poisons && order == Order::QuantizeFirst;
+            for seq in [0, 1] {
+                let is_poisoned = matches!(cache.fork(seq, 9), Err(Error::Poisoned { .. }));
+                // The seven tokens pack a value of sequence 1 that was in full precision.
+                assert_eq!(
+                    is_poisoned,
+                    poisons && seq == 1,
+                    "{format:?}, {order:?}, {sinks} sinks"
+                );
+                cache.remove(9);
+                if is_poisoned {
+                    assert!(matches!(cache.check_truncate(seq, 1), Err(Error::Poisoned { .. })));
+                    assert!(matches!(cache.attend(&more), Err(Error::Poisoned { .. })));
+                    assert!(cache.remove(seq) && before.remove(seq));
+                }
+            }
+            let payload = |cache: &QuantCache| {
+                let bytes = cache.footprint();
+                (bytes.payload, bytes.scales, bytes.residual)
+            };
+            assert_eq!(payload(&cache), payload(&before), "{format:?}, {order:?}, {sinks} sinks");
+        }
+    }
+}
+
 #[test]
 fn a_full_pool_is_an_error_that_names_bytes() {
     let mut cache = QuantCache::new(spec(), kivi(Bits::Four)).unwrap().with_capacity(200_000);

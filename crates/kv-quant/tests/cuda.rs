@@ -470,6 +470,20 @@ fn a_full_pool_changes_nothing() {
 }
 
 #[test]
+fn a_fork_without_room_leaves_no_sinks() {
+    let Some(device) = device() else { return };
+    let spec = LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap());
+    let cache = QuantCache::new(spec, Format::kivi(Bits::Four, Bits::Four, 32, 64).unwrap());
+    let mut cache = cache.unwrap().with_sinks(4).unwrap();
+    let x = |heads| numbers(50, heads, 64).to_device(&device).unwrap();
+    let batch = Batch::single(0, 50).unwrap();
+    cache.attend(&Step { batch: &batch, q: &x(4), k: &x(2), v: &x(2) }).unwrap();
+    let mut cache = cache.with_capacity(0);
+    assert!(matches!(cache.fork(0, 1), Err(Error::PoolFull { .. })));
+    assert_eq!((cache.seqs(), cache.held(1)), (vec![0], 0));
+}
+
+#[test]
 fn caches_attend_as_on_the_cpu() {
     let Some(device) = device() else { return };
     let spec = LayerSpec::new(AttentionShape::new(8, 2, 64).unwrap());
@@ -618,4 +632,28 @@ fn a_number_that_cannot_be_packed_ends_its_sequence_alone() {
     store.remove(1);
     store.append(&Batch::single(0, 200).unwrap(), &good, &good).unwrap();
     store.attend(&Batch::single(0, 1).unwrap(), &q.narrow(0, 0, 1).unwrap(), Mask::Full).unwrap();
+}
+
+/// A step that is prepared for all sequences would fail after layers had counted its tokens.
+#[test]
+fn a_poisoned_sequence_has_no_prepared_steps() {
+    let Some(device) = device() else { return };
+    let spec = LayerSpec::new(AttentionShape::new(2, 1, 64).unwrap());
+    let format = Format::kivi(Bits::Four, Bits::Four, 32, 32).unwrap();
+    let mut cache = QuantCache::new(spec, format).unwrap();
+    let x = |heads| numbers(200, heads, 64).to_device(&device).unwrap();
+    let (q, good) = (x(2), x(1));
+    for seq in [0, 1] {
+        let batch = Batch::single(seq, 200).unwrap();
+        cache.attend(&Step { batch: &batch, q: &q, k: &good, v: &good }).unwrap();
+    }
+    let both = Batch::decode(&[0, 1]).unwrap();
+    assert!(cache.prepared_decode(&both).is_some());
+    let bad = Tensor::full(f32::INFINITY, (200, 1, 64), &device).unwrap();
+    let bad = bad.to_dtype(DType::F16).unwrap();
+    // Whether the call itself reports it depends on how far the device is.
+    _ = cache.attend(&Step { batch: &Batch::single(1, 200).unwrap(), q: &q, k: &bad, v: &bad });
+    device.synchronize().unwrap();
+    assert!(cache.prepared_decode(&both).is_none());
+    assert!(cache.prepared_decode(&Batch::decode(&[0]).unwrap()).is_some());
 }

@@ -140,6 +140,12 @@ impl SideStreams {
         launched
     }
 
+    /// Makes the main stream wait for all launches so far. The main stream has done so on the thread
+    /// that made them. But candle's stream is another one on each thread.
+    pub fn join(&self) -> Result<()> {
+        Ok(self.main.join(&self.streams[0])?)
+    }
+
     /// Like [`run`](Self::run), for captured launches.
     pub fn run_graph(&self, graph: &CudaGraph) -> Result<()> {
         self.streams[0].join(&self.main)?;

@@ -26,6 +26,10 @@ const MEMORY: usize = 1 << 16;
 /// Kernels that are launched one by one start while the host makes the lists of later layers. A
 /// graph starts after all lists have been made. So graphs are for few sequences, whose lists are
 /// short.
+///
+/// candle's device has another stream on each thread. A step may run on another thread than the last
+/// one: it [waits](Self::wait) for the launches that the last one left. Other calls of the caches,
+/// such as forks and truncations, do not wait. Make them on the thread of the last step.
 pub struct DecodeGraphs {
     device: CudaDevice,
     max_seqs: usize,
@@ -114,6 +118,15 @@ impl DecodeGraphs {
         std::mem::take(&mut self.incomplete)
     }
 
+    /// Makes later work of this thread on the device wait for the launches that the last step left.
+    /// The thread of the last step waits without this call.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn wait(&self) -> Result<()> {
+        self.side.join()
+    }
+
     /// Runs a decode step of sequences that have tokens, and returns what `read` returns for its
     /// logits. `states`: device addresses that `forward` uses besides the caches, and that can differ
     /// between steps.
@@ -137,7 +150,7 @@ impl DecodeGraphs {
         forward: &mut Forward<'_>,
         read: impl FnOnce(Tensor) -> T,
     ) -> Result<T> {
-        self.incomplete = false;
+        self.wait()?;
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
         let layers = match seqs > self.max_seqs || refused {
@@ -147,9 +160,11 @@ impl DecodeGraphs {
         let Some(layers) = layers else {
             return Ok(read(forward(caches, batch, &ids_on(&self.device, ids)?)?));
         };
-        self.incomplete = true;
         let memory = self.prepare(batch, ids, layers, states)?;
-        let (logits, end) = self.run(&batch.with_prepared(memory), ids, memory, caches, forward)?;
+        // SAFETY: all caches have prepared this batch. The memory has the sizes of the lists, and the
+        // next step reuses or frees it after the launches of this one, in the order of the stream.
+        let prepared = unsafe { batch.with_prepared(memory) };
+        let (logits, end) = self.run(&prepared, ids, memory, caches, forward)?;
         let out = read(logits);
         match (end, self.captured_end(seqs)) {
             (Some(launches), _) => self.side.run(launches)?,
@@ -221,7 +236,9 @@ impl DecodeGraphs {
         self.lists.push(bytes_of(ids), size_of_val(ids));
         states.iter().for_each(|&address| self.lists.push_size(address as usize));
         for cache in layers {
+            // A cache that fails has changed nothing, or has poisoned its sequences.
             cache.prepare_decode(batch, &mut self.lists)?;
+            self.incomplete = true;
         }
         let stream = self.device.cuda_stream();
         reserve(&mut self.on_device, self.lists.bytes().len(), &stream)?;

@@ -1,6 +1,6 @@
 use super::DenseStore;
 use crate::store_cache::{append_and_attend, drop_oldest};
-use crate::{Batch, CacheStrategy, KvStore, LayerSpec, Result, Step, StepLists, StoreCache};
+use crate::{Batch, CacheStrategy, KvStore, LayerSpec, Result, SeqId, Step, StepLists, StoreCache};
 use candle_core::{DType, Tensor};
 
 /// Entries beyond a sliding window that a sequence may hold before they are dropped.
@@ -65,7 +65,8 @@ impl CacheStrategy<DenseStore> for DenseStrategy {
         store.prepares_decode()
     }
 
-    /// Drops the entries that the step before left beyond the sliding window.
+    /// Drops the entries that the step before left beyond the sliding window, unless copies of
+    /// shared blocks would take the room for the new tokens.
     fn prepare_decode(
         &self,
         spec: &LayerSpec,
@@ -73,19 +74,30 @@ impl CacheStrategy<DenseStore> for DenseStrategy {
         batch: &Batch,
         lists: &mut StepLists,
     ) -> Result<()> {
-        self.evict(spec, store, batch)?;
+        for &seq in batch.seqs() {
+            if let Some(count) = beyond_window(spec, store, seq)
+                && store.can_copy_and_append(seq, batch)
+            {
+                drop_oldest(store, seq, count)?;
+            }
+        }
         store.prepare_decode(batch, lists)
     }
 
     /// Drops entries that have left the sliding window.
     fn evict(&self, spec: &LayerSpec, store: &mut DenseStore, batch: &Batch) -> Result<()> {
-        let Some(window) = spec.shape.window else { return Ok(()) };
         for &seq in batch.seqs() {
-            let len = store.len(seq);
-            if len > window + EVICTION_STEP {
-                drop_oldest(store, seq, len - window)?;
+            if let Some(count) = beyond_window(spec, store, seq) {
+                drop_oldest(store, seq, count)?;
             }
         }
         Ok(())
     }
+}
+
+/// Returns the number of a sequence's entries that have left the sliding window, if there are enough
+/// to drop.
+fn beyond_window(spec: &LayerSpec, store: &DenseStore, seq: SeqId) -> Option<usize> {
+    let (window, len) = (spec.shape.window?, store.len(seq));
+    (len > window + EVICTION_STEP).then(|| len - window)
 }

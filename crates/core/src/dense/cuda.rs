@@ -34,8 +34,9 @@ pub struct CudaPool {
     blocks: Blocks,
     seqs: BTreeMap<SeqId, Sequence>,
     last_tables: LastTables,
-    /// The last prepared decode step.
+    /// The last prepared decode step, and its sequences.
     prepared: Option<Prepared>,
+    prepared_seqs: Vec<SeqId>,
     /// Thread blocks of attention that the device runs concurrently, for 8 and for 16 columns.
     slots: [OnceLock<usize>; 2],
 }
@@ -80,6 +81,7 @@ impl CudaPool {
             seqs: BTreeMap::new(),
             last_tables: LastTables::default(),
             prepared: None,
+            prepared_seqs: Vec::new(),
             slots: Default::default(),
         }))
     }
@@ -141,6 +143,19 @@ impl CudaPool {
             None => self.shape.kv_heads * tokens.len().div_ceil(PAGE),
         };
         self.blocks.check(batch.iter().map(needed).sum()).is_ok()
+    }
+
+    /// Returns whether there is room for copies of a sequence's shared blocks, and then for a token
+    /// of each sequence of a batch, which takes at most one block per head.
+    pub fn can_copy_and_append(&self, seq: SeqId, batch: &Batch) -> bool {
+        if !self.blocks.any_shared() {
+            return true;
+        }
+        let heads = self.seqs.get(&seq).into_iter().flat_map(|of| &of.heads);
+        let blocks = heads.flat_map(|table| &table.blocks);
+        let shared = blocks.filter(|&&block| self.blocks.shared(block)).count();
+        let appended = batch.seqs().len() * self.shape.kv_heads;
+        shared == 0 || self.blocks.check(shared + appended).is_ok()
     }
 
     /// Returns the number of blocks that an append to a head takes: new blocks, and a copy of a

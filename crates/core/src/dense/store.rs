@@ -102,6 +102,19 @@ impl DenseStore {
         }
     }
 
+    /// Returns whether there is room for copies of a sequence's shared blocks, and then for a token
+    /// of each sequence of a batch. Always true without a pool on a CUDA device.
+    pub(super) fn can_copy_and_append(&self, seq: SeqId, batch: &Batch) -> bool {
+        match &self.storage {
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(pool) => pool.can_copy_and_append(seq, batch),
+            _ => {
+                _ = (seq, batch);
+                true
+            }
+        }
+    }
+
     fn known(&self, seq: SeqId) -> bool {
         on_pool!(&self.storage, pool => !pool.lens(seq).is_empty(), seqs => seqs.contains(seq))
     }
@@ -239,7 +252,7 @@ impl KvStore for DenseStore {
         }
     }
 
-    /// Possible on a CUDA device of compute capability 9.0 or later.
+    /// Possible on a CUDA device of compute capability 9.0 or later, without a sliding window.
     #[cfg(feature = "cuda")]
     fn evicts_one(&self, seqs: &[SeqId]) -> bool {
         matches!(&self.storage, Storage::Cuda(pool) if pool.evicts_one(seqs))

@@ -35,6 +35,9 @@ impl Session {
         ids: &[u32],
         logits: Logits,
     ) -> Result<Tensor> {
+        if let Some(graphs) = &self.graphs {
+            graphs.wait()?;
+        }
         for &seq in batch.seqs() {
             if !self.sequences.contains_key(&seq) {
                 self.states.set(seq, self.recurrent_state(seq)?)?;

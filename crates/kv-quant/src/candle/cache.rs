@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::QuantStore;
@@ -5,8 +6,8 @@ use super::sub_batch::SubBatch;
 use crate::{Format, KeyBasis, Rotary};
 use candle_core::{DType, Tensor};
 use longctx_core::{
-    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mask, PreparedDecode,
-    Result, SeenTokens, SeqId, Step, StepLists, attention, check_unseen,
+    AttentionState, Batch, Error, Footprint, KvCache, KvStore, LayerSpec, Mark, Mask,
+    PreparedDecode, Result, SeenTokens, SeqId, Step, StepLists, attention, check_unseen,
 };
 
 /// When a call's tokens are quantized.
@@ -60,6 +61,8 @@ pub struct QuantCache {
     sink_tokens: usize,
     store: QuantStore,
     seen: SeenTokens,
+    /// The errors of failed calls whose tokens could not be taken back.
+    poisoned: BTreeMap<SeqId, String>,
     /// Offset of the positions in the lists of the last prepared step.
     positions: u64,
 }
@@ -78,8 +81,17 @@ impl QuantCache {
         }
         let store = Self::make_store(&spec, format, 0)?;
         let sinks = QuantStore::new(spec.shape, Format::f16())?;
-        let (order, seen) = (Order::default(), SeenTokens::default());
-        Ok(Self { spec, format, order, sinks, sink_tokens: 0, store, seen, positions: 0 })
+        Ok(Self {
+            spec,
+            format,
+            order: Order::default(),
+            sinks,
+            sink_tokens: 0,
+            store,
+            seen: SeenTokens::default(),
+            poisoned: BTreeMap::new(),
+            positions: 0,
+        })
     }
 
     /// Creates the store of the tokens after the first `sinks`.
@@ -211,14 +223,78 @@ impl QuantCache {
         AttentionState::merge(&parts)
     }
 
+    /// Checks that a sequence is not poisoned.
+    pub(super) fn check(&self, seq: SeqId) -> Result<()> {
+        match self.poisoned.get(&seq) {
+            Some(reason) => Err(Error::Poisoned { seq, reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that no sequence of a batch is poisoned.
+    fn check_all(&self, batch: &Batch) -> Result<()> {
+        batch.seqs().iter().try_for_each(|&seq| self.check(seq))
+    }
+
+    /// Poisons sequences after a call that failed and whose tokens cannot be taken back. New
+    /// sequences are removed. Returns the error of the call.
+    fn poison(&mut self, seqs: &[SeqId], error: Error) -> Error {
+        for &seq in seqs {
+            match self.seen.get(seq) {
+                Some(_) => drop(self.poisoned.insert(seq, error.to_string())),
+                None => drop(self.remove(seq)),
+            }
+        }
+        error
+    }
+
+    /// Attends, and then appends the call's tokens.
+    fn attend_first(&mut self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        if let Some(parts) = self.attend_in_store(step, q, k)? {
+            let out = self.output(step, &parts);
+            return out.map_err(|error| self.poison(step.batch.seqs(), error));
+        }
+        self.check_room(step)?;
+        let out = self.output(step, &[self.attend_exactly(step, q, k)?])?;
+        self.append(step, k)?;
+        Ok(out)
+    }
+
+    /// Appends the call's tokens, and then attends. After an error the stores are restored, or the
+    /// sequences are poisoned.
+    fn quantize_first(&mut self, step: &Step<'_>, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        let seqs = step.batch.seqs();
+        let marks: Vec<_> =
+            seqs.iter().map(|&seq| [&self.sinks, &self.store].map(|of| of.mark(seq))).collect();
+        let split = self.split_sinks(step.batch)?;
+        self.append(step, k)?;
+        let state = self.attend_packed(step.batch, q, split);
+        let out = state.and_then(|state| self.output(step, &[state]));
+        out.map_err(|error| {
+            let lost = seqs.iter().zip(&marks).filter(|(seq, marks)| !self.restore(**seq, marks));
+            let lost: Vec<_> = lost.map(|(&seq, _)| seq).collect();
+            self.poison(&lost, error)
+        })
+    }
+
+    /// Restores a sequence in both stores. Returns whether it was possible.
+    fn restore(&mut self, seq: SeqId, [sinks, store]: &[Mark; 2]) -> bool {
+        self.sinks.restore(seq, sinks).and(self.store.restore(seq, store)).is_ok()
+    }
+
+    /// Returns the output of a call from parts of its attention.
+    fn output(&self, step: &Step<'_>, parts: &[AttentionState]) -> Result<Tensor> {
+        self.spec.output(AttentionState::merge(parts)?, step.q.dtype())
+    }
+
     /// Attends and appends in the store, if it can attend to the call's tokens before it packs
-    /// them.
+    /// them. Returns the attention over the sinks, if there are any, and over the other entries.
     fn attend_in_store(
         &mut self,
         step: &Step<'_>,
         q: &Tensor,
         k: &Tensor,
-    ) -> Result<Option<AttentionState>> {
+    ) -> Result<Option<Vec<AttentionState>>> {
         // Attention over two stores is merged, and sink logits are added, in f32.
         let merges = self.sink_tokens > 0 || self.spec.sink_logits.is_some();
         let dtype = match step.q.dtype() {
@@ -226,14 +302,15 @@ impl QuantCache {
             _ => DType::F32,
         };
         if self.sink_tokens == 0 {
-            return self.store.append_after_attention(step.batch, (q, k, step.v), dtype);
+            let state = self.store.append_after_attention(step.batch, (q, k, step.v), dtype)?;
+            return Ok(state.map(|state| vec![state]));
         }
         if k.device().is_cpu() || !self.holds_sinks(step.batch) {
             return Ok(None);
         }
         let sinks = self.sinks.attend(step.batch, q, Mask::Full)?;
         let rest = self.store.append_after_attention(step.batch, (q, k, step.v), dtype)?;
-        rest.map(|rest| AttentionState::merge(&[sinks, rest])).transpose()
+        Ok(rest.map(|rest| vec![sinks, rest]))
     }
 
     /// Returns whether each sequence of a batch has all its sinks.
@@ -244,10 +321,12 @@ impl QuantCache {
     /// Launches the attention of a prepared step.
     #[cfg(feature = "cuda")]
     fn attend_prepared(&mut self, step: &Step<'_>, lists: u64) -> Result<Tensor> {
-        let (q, k) = step.rotate_at(&self.spec, lists + self.positions)?;
+        // SAFETY: the lists are those that `prepare_decode` has made for this batch, as the caller of
+        // `Batch::with_prepared` guarantees. They have a position for each token at this offset.
+        let (q, k) = unsafe { step.rotate_at(&self.spec, lists + self.positions) }?;
         let unprepared = || Error::Unsupported("a prepared decode step of this cache".into());
-        let state = self.attend_in_store(step, &q, &k)?.ok_or_else(unprepared)?;
-        self.spec.output(state, step.q.dtype())
+        let parts = self.attend_in_store(step, &q, &k)?.ok_or_else(unprepared)?;
+        self.output(step, &parts)
     }
 
     /// Attention of tokens that are already in the stores. `split` was made before they were
@@ -289,25 +368,14 @@ impl KvCache for QuantCache {
         if let Some(prepared) = step.batch.prepared() {
             return self.attend_prepared(step, prepared.lists);
         }
+        self.check_all(step.batch)?;
         let (q, k) = step.rotate(&self.spec, |seq| self.seen(seq))?;
-        let state = match self.order {
-            Order::AttendFirst => match self.attend_in_store(step, &q, &k)? {
-                Some(state) => state,
-                None => {
-                    self.check_room(step)?;
-                    let state = self.attend_exactly(step, &q, &k)?;
-                    self.append(step, &k)?;
-                    state
-                }
-            },
-            Order::QuantizeFirst => {
-                let split = self.split_sinks(step.batch)?;
-                self.append(step, &k)?;
-                self.attend_packed(step.batch, &q, split)?
-            }
+        let out = match self.order {
+            Order::AttendFirst => self.attend_first(step, &q, &k)?,
+            Order::QuantizeFirst => self.quantize_first(step, &q, &k)?,
         };
         self.seen.advance(step.batch);
-        self.spec.output(state, step.q.dtype())
+        Ok(out)
     }
 
     /// Both [`Order`]s pack the tokens in the same way.
@@ -324,9 +392,10 @@ impl KvCache for QuantCache {
         let sinks =
             self.sink_tokens == 0 || (self.sinks.prepares_attend() && self.holds_sinks(batch));
         let prepares = self.spec.rotates_on_cuda()
+            && self.check_all(batch).is_ok()
             && self.order == Order::AttendFirst
             && sinks
-            && self.store.prepares_append_after_attention();
+            && self.store.prepares_append_after_attention(batch);
         prepares.then_some(self)
     }
 
@@ -336,17 +405,22 @@ impl KvCache for QuantCache {
 
     fn fork(&mut self, from: SeqId, to: SeqId) -> Result<()> {
         let seen = self.seen.check_fork(from, to)?;
-        for store in [&mut self.sinks, &mut self.store] {
-            if !store.lens(from).is_empty() {
-                store.fork(from, to)?;
-            }
-        }
+        self.check(from)?;
+        let fork = |store: &mut QuantStore| match store.lens(from).is_empty() {
+            true => Ok(()),
+            false => store.fork(from, to),
+        };
+        fork(&mut self.sinks)?;
+        fork(&mut self.store).inspect_err(|_| {
+            self.sinks.remove(to);
+        })?;
         self.seen.set(to, seen);
         Ok(())
     }
 
     fn check_truncate(&self, seq: SeqId, len: usize) -> Result<()> {
         self.seen.check_truncate(seq, len)?;
+        self.check(seq)?;
         let packed = len.saturating_sub(self.sink_tokens);
         match self.store.len(seq) > packed {
             true => self.store.check_truncate(seq, packed),
@@ -372,6 +446,7 @@ impl KvCache for QuantCache {
     fn remove(&mut self, seq: SeqId) -> bool {
         self.sinks.remove(seq);
         self.store.remove(seq);
+        self.poisoned.remove(&seq);
         self.seen.remove(seq)
     }
 
@@ -403,6 +478,7 @@ impl KvCache for QuantCache {
     fn clear(&mut self) {
         self.sinks.clear();
         self.store.clear();
+        self.poisoned.clear();
         self.seen.clear();
     }
 }

@@ -36,8 +36,8 @@ use longctx_core::{Error, KvCache, KvStore, Result, SeqId};
 /// ```
 ///
 /// # Errors
-/// [`Error::UnknownSequence`] if the sequence is missing in a cache; [`Error::File`] if the file
-/// cannot be written.
+/// [`Error::UnknownSequence`] if the sequence is missing in a cache; [`Error::Poisoned`];
+/// [`Error::File`] if the file cannot be written.
 pub fn save_caches(path: impl AsRef<Path>, seq: SeqId, caches: &[QuantCache]) -> Result<()> {
     let empty: Vec<_> = caches.iter().map(|cache| begun(cache, seq)).collect::<Result<_>>()?;
     let mut sequences = Vec::new();
@@ -45,6 +45,7 @@ pub fn save_caches(path: impl AsRef<Path>, seq: SeqId, caches: &[QuantCache]) ->
         if !cache.seqs().contains(&seq) {
             return Err(Error::UnknownSequence(seq));
         }
+        cache.check(seq)?;
         let known = |pool: &Pool| pool.lens(seq).is_some();
         let (sinks, store) = (on_cpu(cache.sinks().pool())?, on_cpu(cache.store().pool())?);
         sequences.push((if known(sinks) { sinks } else { no_sinks }, seq));

@@ -217,12 +217,15 @@ impl QuantStore {
     }
 
     /// Returns whether [`prepare_append_after_attention`](Self::prepare_append_after_attention) is
-    /// possible: for packed formats on a CUDA device.
-    pub(super) fn prepares_append_after_attention(&self) -> bool {
+    /// possible: for packed formats on a CUDA device, unless a sequence of the batch is poisoned.
+    pub(super) fn prepares_append_after_attention(&self, batch: &Batch) -> bool {
         match &self.storage {
             #[cfg(feature = "cuda")]
-            Storage::Cuda(_) => true,
-            _ => false,
+            Storage::Cuda(pool) => pool.check_all(batch).is_ok(),
+            _ => {
+                _ = batch;
+                false
+            }
         }
     }
 

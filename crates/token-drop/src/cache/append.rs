@@ -27,8 +27,11 @@ impl<S: KvStore, P: EvictionPolicy> PolicyCache<S, P> {
 
     /// Launches the kernels of a prepared step, whose lists are at this address.
     #[cfg(feature = "cuda")]
+    #[allow(unsafe_code)]
     pub(super) fn attend_prepared(&mut self, step: &Step<'_>, lists: u64) -> Result<Tensor> {
-        let (q, k) = step.rotate_at(&self.spec, lists + self.prepared.positions)?;
+        // SAFETY: the lists are those that `prepare_decode` has made for this batch, as the caller of
+        // `Batch::with_prepared` guarantees. They have a position for each token at this offset.
+        let (q, k) = unsafe { step.rotate_at(&self.spec, lists + self.prepared.positions) }?;
         if !self.prepared.evicts {
             return append_and_attend(&self.spec, &mut self.store, &Step { q: &q, k: &k, ..*step });
         }

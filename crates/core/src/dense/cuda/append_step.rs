@@ -105,8 +105,11 @@ impl CudaPool {
         let same = |heads: &[BlockTable], lens: &[TableLens]| {
             heads.iter().zip(lens).all(|(table, lens)| self.lens_of(table) == *lens)
         };
-        let mut all = batch.seqs().iter().zip(lens.chunks(self.shape.kv_heads));
-        all.all(|(seq, lens)| self.seqs.get(seq).is_some_and(|of| same(&of.heads, lens)))
+        let kv_heads = self.shape.kv_heads;
+        let mut all = batch.seqs().iter().zip(lens.chunks(kv_heads));
+        // A layer with another number of kv heads has another number of lengths.
+        lens.len() == batch.seqs().len() * kv_heads
+            && all.all(|(seq, lens)| self.seqs.get(seq).is_some_and(|of| same(&of.heads, lens)))
     }
 
     fn lens_of(&self, table: &BlockTable) -> TableLens {

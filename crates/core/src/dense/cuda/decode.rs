@@ -133,13 +133,15 @@ impl CudaPool {
         let kv_heads = self.shape.kv_heads;
         let same = |of: &SharedPlan| {
             let mut seqs = batch.iter().zip(of.heads.chunks(kv_heads)).enumerate();
-            seqs.all(|(i, ((seq, tokens), works))| {
-                let tables = self.seqs.get(&seq).map(|of| &of.heads);
-                works.iter().enumerate().all(|(kv_head, work)| {
-                    let len = tables.map_or(0, |tables| tables[kv_head].len);
-                    *work == self.work((i * kv_heads, kv_head), &tokens, (0, len), window)
+            // A layer with another number of kv heads has another number of work items.
+            of.heads.len() == batch.seqs().len() * kv_heads
+                && seqs.all(|(i, ((seq, tokens), works))| {
+                    let tables = self.seqs.get(&seq).map(|of| &of.heads);
+                    works.iter().enumerate().all(|(kv_head, work)| {
+                        let len = tables.map_or(0, |tables| tables[kv_head].len);
+                        *work == self.work((i * kv_heads, kv_head), &tokens, (0, len), window)
+                    })
                 })
-            })
         };
         batch.shared(|of: &SharedPlan| of.sizes == sizes && same(of), || Ok(make()))
     }

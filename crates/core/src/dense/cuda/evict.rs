@@ -28,7 +28,8 @@ impl EvictLists {
 
 impl CudaPool {
     /// Returns whether each sequence can evict one entry of each head: heads have equally many
-    /// entries, and no block is shared.
+    /// entries, and no block is shared. With a sliding window, attention leaves out the scores of
+    /// entries beyond it.
     pub fn evicts_one(&self, seqs: &[SeqId]) -> bool {
         let any_shared = self.blocks.any_shared();
         let of_seq = |seq: &SeqId| {
@@ -38,7 +39,7 @@ impl CudaPool {
             let own = |table: &BlockTable| !any_shared || !table.blocks.iter().any(shared);
             sequence.heads.iter().all(|table| table.len == len && own(table))
         };
-        self.decodes(1) && seqs.iter().all(of_seq)
+        self.decodes(1) && self.shape.window.is_none() && seqs.iter().all(of_seq)
     }
 
     /// Computes causal attention of one query per sequence, and evicts one entry of each head.
@@ -90,6 +91,11 @@ impl CudaPool {
     ) -> Result<Vec<KeptEntries>> {
         let missing = || Error::Unsupported("an eviction without a prepared step".into());
         let prepared = self.prepared.ok_or_else(missing)?;
+        if self.prepared_seqs != batch.seqs() {
+            let expected = format!("{:?}, as in the prepared step", self.prepared_seqs);
+            let got = format!("{:?}", batch.seqs());
+            return Err(Error::mismatch("sequences of a prepared eviction", expected, got));
+        }
         let (rows, kept) = self.evict_rows(batch, evictions)?;
         let (heads, row) = (batch.tokens() * self.shape.heads, self.scores_row(batch));
         lists.push_size(row);
@@ -121,12 +127,16 @@ impl CudaPool {
         }
         if !self.evicts_one(batch.seqs()) {
             let what = "one eviction per head of these sequences: it needs heads with equally many \
-                        entries, and blocks that no fork shares";
+                        entries, blocks that no fork shares, and no sliding window";
             return Err(Error::Unsupported(what.into()));
         }
         let (mut rows, mut all_kept) = (Vec::new(), Vec::new());
         for ((seq, tokens), of) in batch.iter().zip(evictions) {
             let len = self.known(seq)?.heads[0].len;
+            if len == 0 {
+                let what = format!("entries of sequence {seq} to evict one from");
+                return Err(Error::mismatch(what, "at least 1", 0));
+            }
             let kept = self.kept_entries(of, len - 1)?;
             let first = self.evict_row(of, &kept, len)?;
             for kv_head in 0..self.shape.kv_heads {
@@ -152,15 +162,19 @@ impl CudaPool {
 
     fn kept_entries(&self, of: &EvictOne, count: usize) -> Result<KeptEntries> {
         let dims = (self.shape.kv_heads, count);
+        let device = Device::Cuda(self.device.clone());
+        let is = |x: &Tensor, dtype| {
+            let here = x.is_contiguous() && x.device().same_device(&device);
+            x.dims() == [dims.0, dims.1] && x.dtype() == dtype && here
+        };
         let fits = |kept: &&KeptEntries| {
-            let KeptEntries { positions, scores } = kept;
-            let scores_fit = scores.as_ref().is_some_and(|of| of.dims() == positions.dims());
-            positions.dims() == [dims.0, dims.1] && (scores_fit || !of.carries_scores)
+            let scores = kept.scores.as_ref();
+            is(&kept.positions, DType::U32)
+                && scores.map_or(!of.carries_scores, |scores| is(scores, DType::F32))
         };
         if let Some(kept) = of.outputs.as_ref().filter(fits) {
             return Ok(kept.clone());
         }
-        let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernel writes every element.
         let empty = |dtype| unsafe { Tensor::empty(dims, dtype, &device) };
         let scores = of.carries_scores.then(|| empty(DType::F32)).transpose()?;

@@ -68,7 +68,8 @@ impl CudaPool {
         let (attend, columns) = self.attend_lists(batch, lists)?;
         let tables = append.tables;
         let append = Some(append);
-        self.prepared = Some(Prepared { heads, tables, append, attend, columns, evict: None });
+        let prepared = Prepared { heads, tables, append, attend, columns, evict: None };
+        self.set_prepared(batch, prepared);
         Ok(())
     }
 
@@ -80,8 +81,14 @@ impl CudaPool {
         let heads = batch.seqs().len() * self.shape.kv_heads;
         let (attend, columns) = self.attend_lists(batch, lists)?;
         let (append, evict) = (None, None);
-        self.prepared = Some(Prepared { heads, tables, append, attend, columns, evict });
+        self.set_prepared(batch, Prepared { heads, tables, append, attend, columns, evict });
         Ok(())
+    }
+
+    fn set_prepared(&mut self, batch: &Batch, prepared: Prepared) {
+        self.prepared = Some(prepared);
+        self.prepared_seqs.clear();
+        self.prepared_seqs.extend_from_slice(batch.seqs());
     }
 
     fn append_lists(

@@ -148,7 +148,7 @@ impl CudaPool {
     }
 
     /// Checks that no sequence of a batch is poisoned.
-    pub(super) fn check_all(&self, batch: &Batch) -> Result<()> {
+    pub fn check_all(&self, batch: &Batch) -> Result<()> {
         batch.seqs().iter().try_for_each(|&seq| self.check(seq))
     }
 
