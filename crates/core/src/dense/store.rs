@@ -252,7 +252,7 @@ impl KvStore for DenseStore {
         }
     }
 
-    /// Possible on a CUDA device of compute capability 9.0 or later, without a sliding window.
+    /// Possible on a CUDA device, without a sliding window.
     #[cfg(feature = "cuda")]
     fn evicts_one(&self, seqs: &[SeqId]) -> bool {
         matches!(&self.storage, Storage::Cuda(pool) if pool.evicts_one(seqs))
