@@ -65,7 +65,7 @@ impl CacheStrategy<DenseStore> for DenseStrategy {
         store.prepares_decode()
     }
 
-    /// Drops the entries that the step before left beyond the sliding window.
+    /// Drops the entries beyond the sliding window that the previous step left.
     fn prepare_decode(
         &self,
         spec: &LayerSpec,
