@@ -22,7 +22,7 @@ struct Point {
     loss: f64,
 }
 
-/// Plots the rows of tables as an SVG file, and prints the methods on the Pareto line: no other
+/// Plots the rows of tables as an SVG file, and prints the methods on the Pareto front: no other
 /// method has a lower loss at as many bits or fewer.
 pub fn draw(tables: &[PathBuf], path: &Path) -> Result<()> {
     let mut points = Vec::new();
@@ -84,7 +84,7 @@ fn save(points: &[Point], best: &[Point], path: &Path) -> Result<()> {
     let dot = |point: &Point, color: RGBColor| Circle::new(at(point), 4, color.filled());
     chart.draw_series(points.iter().map(|point| dot(point, RGBColor(170, 170, 170))))?;
     chart.draw_series(best.iter().map(|point| dot(point, LINE)))?;
-    // Labels on the Pareto line are placed first; other labels move up or down to avoid them.
+    // Labels on the Pareto front are placed first; other labels move up or down to avoid them.
     let others = points.iter().filter(|point| !best.contains(point));
     let mut placed: Vec<(i32, i32)> = Vec::new();
     for point in best.iter().chain(others) {

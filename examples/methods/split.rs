@@ -9,7 +9,7 @@ use longctx_core::{
 /// Keeps the keys and values of the prompt in `P` and those of later tokens in `D`.
 ///
 /// Calls belong to the prompt until a call of a single token follows another call. Attention is
-/// exact among the tokens of a call, and uses the stores' numbers for earlier tokens.
+/// exact among the tokens of a call, and uses the stored keys and values for earlier tokens.
 ///
 /// If a store fails, earlier sequences of the batch have advanced.
 pub struct SplitCache<P, D> {

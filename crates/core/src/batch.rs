@@ -38,17 +38,18 @@ pub struct Batch {
 struct Inner {
     seqs: Vec<SeqId>,
     cu_seqlens: Vec<usize>,
-    /// `cu_seqlens` on the first device that asked for it.
+    /// `cu_seqlens` on the first device for which it was requested.
     on_device: OnceLock<Tensor>,
     /// See [`Batch::shared`]; the newest last.
     shared: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
-/// The largest number of tokens of a batch: kernels count them in u32. Numbers of bytes that follow
-/// from it do not overflow.
+/// The largest number of tokens of a batch. Kernels count tokens in u32, and sizes in bytes that
+/// are computed from this number do not overflow.
 const MAX_TOKENS: usize = u32::MAX as usize;
 
-/// Number of values that [`Batch::shared`] keeps. Layers of a few kinds alternate in a model.
+/// Number of values that [`Batch::shared`] keeps. A model alternates between a few kinds of layers,
+/// so a few values suffice.
 const MAX_SHARED: usize = 8;
 
 impl Batch {
@@ -121,7 +122,7 @@ impl Batch {
         Self { prepared: Some(step), ..self.clone() }
     }
 
-    /// Returns the batch of a prepared step whose caches may leave launches to the end of the step.
+    /// Returns the batch of a prepared step whose caches may defer launches to the end of the step.
     #[cfg(feature = "cuda")]
     pub(crate) fn with_after_step(&self, after: Arc<crate::cuda::AfterStep>) -> Self {
         Self { after_step: Some(after), ..self.clone() }
@@ -183,9 +184,9 @@ impl Batch {
         }
     }
 
-    /// Returns a value that several layers share, for example a plan of attention, which depends on
-    /// the lengths of the sequences only. Returns the newest value of type `T` that `fits`, or
-    /// creates one.
+    /// Returns a value that several layers share, for example a plan of attention, which depends
+    /// only on the lengths of the sequences. Returns the newest value of type `T` for which `fits`
+    /// returns true, or creates one with `make`.
     ///
     /// # Errors
     /// Those of `make`.

@@ -23,8 +23,8 @@ impl Step<'_> {
     /// Checks the tensors against the layer. Every cache calls it before it changes anything.
     ///
     /// On the CPU all elements must be finite. On other devices this is not checked, as the check
-    /// would synchronize with the device: a NaN or infinity there gives NaN in the output of its
-    /// own sequence.
+    /// would synchronize with the device: a NaN or infinity there makes only the output of its own
+    /// sequence NaN.
     ///
     /// # Errors
     /// [`Error::Mismatch`] naming the tensor whose shape does not fit; [`Error::NotFinite`] naming
@@ -107,16 +107,16 @@ pub trait KvCache: Send {
     fn attend(&mut self, step: &Step<'_>) -> Result<Tensor>;
 
     /// Appends whole prompts whose exact, causal attention the engine has computed with its own
-    /// kernel. `lse` is its natural log-sum-exp, `[tokens, heads]`, f32. It is required only if
-    /// [`needs_lse`](Self::needs_lse).
+    /// kernel. `lse` is the natural log-sum-exp of that attention, `[tokens, heads]`, f32. It is
+    /// required only if [`needs_lse`](Self::needs_lse).
     ///
     /// # Errors
     /// As [`attend`](Self::attend), and [`Error::Mismatch`] if a sequence has tokens already, or
     /// `lse` is missing where it is needed.
     fn append_prompt(&mut self, step: &Step<'_>, lse: Option<&Tensor>) -> Result<()>;
 
-    /// Returns the cache's part in decode steps with CUDA graphs; `None` if such a step is not
-    /// possible for this batch.
+    /// Returns the interface for decode steps in CUDA graphs; `None` if such a step is not possible
+    /// for this batch.
     fn prepared_decode(&mut self, _: &Batch) -> Option<&mut dyn PreparedDecode> {
         None
     }
@@ -160,7 +160,7 @@ pub trait KvCache: Send {
     /// Returns whether there is memory for a batch. An engine asks before it admits a request.
     fn can_append(&self, batch: &Batch) -> bool;
 
-    /// Returns the bytes held for all sequences, including memory that is allocated and free.
+    /// Returns the bytes held for all sequences, including allocated memory that is not in use.
     fn footprint(&self) -> Footprint;
 
     /// Returns the bytes held for one sequence. Memory that it shares with others counts in full.
@@ -184,8 +184,8 @@ pub fn check_unseen(cache: &(impl KvCache + ?Sized), batch: &Batch) -> Result<()
     }
 }
 
-/// Implements methods of [`KvCache`] by a call of the same method of another cache: for caches that
-/// wrap one and change some of its methods.
+/// Implements methods of [`KvCache`] by delegation to another cache, for wrappers that change only
+/// some methods.
 ///
 /// ```
 /// use candle_core::Tensor;

@@ -46,8 +46,8 @@ pub fn address(x: &Tensor) -> Result<u64> {
 }
 
 /// Makes a CUDA device keep freed memory for later allocations, instead of returning it to the
-/// system each time the process synchronizes with the device. A program that has the device to
-/// itself calls it once. No effect on other devices.
+/// system each time the process synchronizes with the device. Call it once in a program that has
+/// the device to itself. No effect on other devices.
 ///
 /// # Errors
 /// An error of the CUDA driver.
@@ -71,8 +71,8 @@ impl<T: DeviceRepr + Copy> SharedList<T> {
         Self { list, uploaded: OnceLock::new() }
     }
 
-    /// Returns the device address of the list. All calls use the same stream, whose order protects
-    /// the memory.
+    /// Returns the device address of the list. All calls must use the same stream: its order
+    /// guarantees that the copy precedes the kernels that read it.
     ///
     /// # Errors
     /// Errors of the driver.
@@ -90,7 +90,7 @@ impl<T: DeviceRepr + Copy> SharedList<T> {
     }
 }
 
-/// Returns the kernels' name for a tensor's dtype; `None` if they do not support it.
+/// Returns the kernels' dtype for a tensor; `None` if they do not support its dtype.
 pub fn half_of(x: &Tensor) -> Option<Half> {
     match x.dtype() {
         DType::F16 => Some(Half::F16),
@@ -99,7 +99,7 @@ pub fn half_of(x: &Tensor) -> Option<Half> {
     }
 }
 
-/// Returns the number of an output's dtype in the arguments of attention kernels.
+/// Returns the number that represents an output's dtype in the arguments of attention kernels.
 ///
 /// # Errors
 /// [`Error::Mismatch`] unless it is f16, bf16 or f32.

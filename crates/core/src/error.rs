@@ -62,7 +62,7 @@ pub enum Error {
     /// A sequence that does not exist or has been removed.
     #[error("sequence {0} is not known")]
     UnknownSequence(SeqId),
-    /// A call failed midway and the sequence could not be restored: its layers have different
+    /// A call failed midway and the sequence could not be restored: its layers hold different
     /// tokens, or a layer has lost entries. Every call with the sequence returns this error until
     /// the sequence is removed.
     #[error("sequence {seq} cannot be used after a failed call: {reason}")]

@@ -11,14 +11,15 @@ use candle_core::Tensor;
 /// [`KvStore::attend_and_evict`](crate::KvStore::attend_and_evict).
 #[derive(Debug, Clone)]
 pub struct EvictOne {
-    /// Whether all query heads of the layer are reduced, instead of those of the kv head.
+    /// Whether scores are reduced over all query heads of the layer, instead of those of each kv
+    /// head.
     pub of_layer: bool,
     /// How the entries are ranked. Its tensors are contiguous.
     pub ranking: Ranking,
     /// Whether the scores are needed for the next token.
     pub carries_scores: bool,
-    /// Memory for the kept entries, which nothing else uses, if it has their shape and dtypes, is
-    /// contiguous and on the store's device. Otherwise they have new memory.
+    /// Memory to reuse for the kept entries, which nothing else may use. If it does not have their
+    /// shape and dtypes, or is not contiguous on the store's device, new memory is allocated.
     pub outputs: Option<KeptEntries>,
 }
 

@@ -1,4 +1,4 @@
-//! Checks that a CPU tensor holds only finite numbers, also in another dtype.
+//! Checks that a CPU tensor holds only finite numbers, also after conversion to another dtype.
 
 use crate::{Error, Result};
 use candle_core::{DType, Storage, Tensor};
@@ -64,7 +64,8 @@ fn all_finite<T: candle_core::WithDType>(
     Ok(starts.fold(true, |before, at| before & all(&data[layout.start_offset() + at..][..run])))
 }
 
-/// Returns the number of `of` where `x` has the first number that is not finite, and its position.
+/// Finds the first number of `x` that is not finite. Returns the number at the same position of
+/// `of`, and the position.
 fn first(x: &Tensor, of: &Tensor) -> Result<(f32, String)> {
     let (_, heads, channels) = x.dims3()?;
     let numbers = |x: &Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();

@@ -39,7 +39,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 
 /// Returns `None` for other devices and dtypes, and for rows that are not contiguous.
 fn on_cpu(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
-    /// Fewer elements are not worth waking a thread.
+    /// For fewer elements, waking a thread does not pay.
     const MIN_PARALLEL: usize = 1 << 14;
     let ((gates, gate_layout), (ups, up_layout)) =
         (gate.storage_and_layout(), up.storage_and_layout());

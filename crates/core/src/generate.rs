@@ -277,7 +277,7 @@ impl Sampler {
             .ok_or_else(|| Error::mismatch("logits", "at least one", 0))?;
         match self.sampling {
             Sampling::Greedy => Ok(best.0),
-            // It has no probabilities: differences to it are NaN.
+            // An infinite maximum has no softmax: the difference of two infinities is NaN.
             Sampling::Random { .. } if best.1.is_infinite() => not_finite(best.0 as usize),
             Sampling::Random { temperature, top_k, top_p, .. } => {
                 Ok(self.draw(logits, *best.1, temperature, top_k, top_p))

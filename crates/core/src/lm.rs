@@ -27,9 +27,9 @@ pub trait CausalLm {
     /// sequences are unchanged.
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor>;
 
-    /// As [`forward`](Self::forward), and returns each sequence's most probable next token, as
-    /// [`Greedy::choose`]. On a GPU a model may do work of the step that only the next one needs, such
-    /// as evictions, while the tokens are chosen.
+    /// Runs [`forward`](Self::forward) and returns each sequence's most probable next token, chosen
+    /// by [`Greedy::choose`]. On a GPU a model may do work of the step that only the next one
+    /// needs, such as evictions, while the tokens are chosen.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward); an error of [`Greedy::choose`], after which the tokens have

@@ -1,4 +1,4 @@
-//! The part of a decoder between two attentions.
+//! The part of a decoder between the attention of one layer and that of the next.
 
 use crate::{Error, Result, add_rms_norm, linear, silu_mul};
 use candle_core::Tensor;
@@ -50,7 +50,7 @@ pub struct PostAttention<'a> {
 }
 
 impl PostAttention<'_> {
-    /// Longer batches take separate products: a single launch would not be faster.
+    /// Batches with more tokens use separate products, because a single launch would not be faster.
     pub const MAX_TOKENS: usize = 4;
 
     /// Returns the residual stream after the feed-forward block, `[tokens, hidden]`, and the next

@@ -22,7 +22,7 @@ pub use scaling::RopeScaling;
 /// let k = Tensor::randn(0f32, 1., (5, 2, 64), &Device::Cpu)?;
 /// // Five tokens, three of one sequence and two of another.
 /// let rotated = rope.apply(&k, &[100, 101, 102, 7, 8])?;
-/// // Turning back by the same positions gives the keys again.
+/// // Rotating back by the same positions restores the keys.
 /// let back = rope.apply(&rotated, &[-100, -101, -102, -7, -8])?;
 /// let error = (back - k)?.abs()?.max_all()?.to_scalar::<f32>()?;
 /// assert!(error < 1e-5);

@@ -2,8 +2,8 @@ use std::collections::BTreeMap;
 
 use crate::{Batch, Error, Result, SeqId};
 
-/// The sequences of a cache, and the number of tokens that each has seen: the part that
-/// [`KvCache`](crate::KvCache)s over stores share.
+/// The sequences of a cache, and the number of tokens that each has seen. For
+/// [`KvCache`](crate::KvCache)s over stores.
 #[derive(Debug, Clone, Default)]
 pub struct SeenTokens(BTreeMap<SeqId, usize>);
 

@@ -11,7 +11,7 @@ use candle_core::{DType, Tensor};
 /// ```
 /// use longctx_core::Selection;
 ///
-/// // Two heads that hold 5 and 4 entries: the first keeps its ends, the second all.
+/// // Two heads that hold 5 and 4 entries: the first keeps its first and last, the second all.
 /// let keep = Selection::new(vec![vec![0, 4], vec![0, 1, 2, 3]]);
 /// assert!(keep.check(&[5, 4]).is_ok());
 /// assert!(keep.check(&[4, 4]).unwrap_err().to_string().contains("head 0"));
@@ -52,8 +52,8 @@ impl Selection {
     /// Creates a selection from indices `[kv_heads, count]` in u32 on a device, increasing in each
     /// row.
     ///
-    /// The values are not checked, because this would wait for the device. A store clamps indices
-    /// past the last entry of a head.
+    /// The values are not checked, because the check would wait for the device. A store clamps
+    /// indices past the last entry of a head.
     ///
     /// # Errors
     /// [`Error::Mismatch`] for another dtype or number of dimensions.

@@ -203,7 +203,7 @@ impl LayerSpec {
     }
 
     /// Returns the layer's output in `dtype` from the attention over all entries that its queries
-    /// see.
+    /// see. Adds the learned sink logits, if any.
     ///
     /// # Errors
     /// If a tensor operation fails.

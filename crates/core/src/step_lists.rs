@@ -1,4 +1,4 @@
-//! Decode steps in two parts: the host's part, and launches that were captured in a CUDA graph.
+//! Decode steps in two parts: work on the host, and launches that were captured in a CUDA graph.
 
 use std::any::Any;
 use std::ops::Range;
@@ -6,20 +6,20 @@ use std::sync::Arc;
 
 use crate::{Batch, Result, SeqId};
 
-/// The part of a cache that decode steps with CUDA graphs need: a step's work on the host, apart
-/// from its launches.
+/// A cache's interface for decode steps in CUDA graphs. It separates a step's work on the host from
+/// its kernel launches.
 ///
 /// [`KvCache::attend`](crate::KvCache::attend) usually does both. To replay a captured step, an
 /// engine calls [`prepare_decode`](Self::prepare_decode) of all layers, copies the lists to the
 /// device, and launches the graph. To capture one, it calls `attend` between these two with a batch
 /// [with prepared lists](Batch::with_prepared), which then only launches kernels.
 pub trait PreparedDecode {
-    /// Takes memory for one token of each sequence, counts the tokens, and adds the lists that the
-    /// kernels read. All sequences have tokens.
+    /// Allocates memory for one token of each sequence, counts the tokens, and adds the lists that
+    /// the kernels read. Every sequence must already have tokens.
     ///
     /// # Errors
-    /// [`Error::PoolFull`](crate::Error::PoolFull), and errors of the driver. The batch's sequences
-    /// are as before then, or poisoned.
+    /// [`Error::PoolFull`](crate::Error::PoolFull), and errors of the driver. After an error, the
+    /// sequences of the batch are unchanged or poisoned.
     fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()>;
 }
 
@@ -62,7 +62,7 @@ pub struct StepLists {
 /// A shared list that is a part of a value.
 #[derive(Debug)]
 struct Owned {
-    /// Keeps the list's address from being used for another one.
+    /// Keeps the value alive, so that no other list gets the same address.
     _owner: Arc<dyn Any + Send + Sync>,
     address: usize,
     len: usize,
@@ -101,7 +101,8 @@ impl StepLists {
             held.len() == size && held.starts_with(list) && is_zero(&held[list.len()..])
         };
         if let Some(range) = self.shared.iter().rev().find(equal) {
-            // In another step the caller may share another list.
+            // The offset is a part of the layout, because in another step this caller may share
+            // another list.
             self.layout.push(range.start);
             return range.start as u64;
         }

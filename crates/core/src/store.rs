@@ -71,9 +71,9 @@ pub trait KvStore: Send {
         false
     }
 
-    /// Takes memory for one token of each sequence, and adds the lists that the kernels read. Then
-    /// an append and causal attention of the batch [with the prepared lists](Batch::with_prepared)
-    /// only launch kernels.
+    /// Allocates memory for one token of each sequence, and adds the lists that the kernels read.
+    /// After that, an append and causal attention of the batch [with the prepared
+    /// lists](Batch::with_prepared) only launch kernels.
     ///
     /// # Errors
     /// [`Error::Unsupported`] unless [`prepares_decode`](Self::prepares_decode);
@@ -227,13 +227,13 @@ pub trait KvStore: Send {
         self.truncate_heads(seq, &vec![len; self.lens(seq).len()])
     }
 
-    /// Returns a mark of what a sequence holds, for [`restore`](Self::restore). The sequence may be
-    /// unknown.
+    /// Returns a mark of the current contents of a sequence, for [`restore`](Self::restore). The
+    /// sequence may be unknown.
     fn mark(&self, seq: SeqId) -> Mark;
 
-    /// Drops the entries that were appended to a sequence since a mark, if it then holds exactly
-    /// what it held at the mark. A sequence that was unknown then is removed. Between the two calls
-    /// only appends may change the sequence.
+    /// Drops the entries that were appended to a sequence since a mark, if this restores exactly
+    /// the contents at the mark. A sequence that was unknown at the mark is removed. Between the
+    /// two calls only appends may change the sequence.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if older entries have been packed since, so that their full precision
@@ -249,7 +249,7 @@ pub trait KvStore: Send {
     /// Returns whether there is memory to append the batch's tokens to every head.
     fn can_append(&self, batch: &Batch) -> bool;
 
-    /// Returns the bytes held for all sequences, including memory that is allocated and free.
+    /// Returns the bytes held for all sequences, including allocated memory that is not in use.
     fn footprint(&self) -> Footprint;
 
     /// Returns the bytes held for one sequence. Blocks that it shares with others count in full.
@@ -431,7 +431,7 @@ pub(crate) fn retain_in_turn(
     keep.iter().map(|(seq, keep)| had_room(store.retain(*seq, keep))).collect()
 }
 
-/// Returns whether an operation had room; other errors remain.
+/// Returns false for [`Error::PoolFull`], and passes other errors on.
 pub(crate) fn had_room(done: Result<()>) -> Result<bool> {
     match done {
         Ok(()) => Ok(true),
@@ -440,7 +440,7 @@ pub(crate) fn had_room(done: Result<()>) -> Result<bool> {
     }
 }
 
-/// What a sequence holds at a time, for [`KvStore::restore`].
+/// The numbers of entries of a sequence at one time, for [`KvStore::restore`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Mark {
     /// The number of entries of each kv head; empty for an unknown sequence.
@@ -518,8 +518,8 @@ impl Mask<'_> {
 /// Ranges of entries to attend to, a list for each sequence of a batch and kv head: `[sequences *
 /// kv_heads]`. The ranges of a list are disjoint and increasing.
 ///
-/// Retrieval reads blocks of the past from any store through it. Blocks outside of the ranges are
-/// not read.
+/// Retrieval methods use it to read blocks of the past from any store. Blocks outside of the ranges
+/// are not read.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct EntryRanges {
     heads: Vec<Vec<Range<usize>>>,

@@ -1,4 +1,4 @@
-//! A cache over one store: the part that exact, windowed and latent caches share.
+//! A cache over one store. Exact, windowed and latent caches share this code.
 
 use crate::store::had_room;
 use crate::{
@@ -34,7 +34,7 @@ pub trait CacheStrategy<S: KvStore>: Send {
     /// # Errors
     /// Those of the store. [`Error::PoolFull`] postpones the eviction: dropping entries of blocks
     /// that forks share needs room for copies. The cache then keeps the entries until a later call,
-    /// and its call succeeds. After any other error the call fails, but its tokens stay in the
+    /// and this call succeeds. After any other error the call fails, but its tokens stay in the
     /// cache.
     fn evict(&self, spec: &LayerSpec, store: &mut S, batch: &Batch) -> Result<()>;
 

@@ -61,8 +61,8 @@ impl AttentionSums {
         Self::new(sums, group, lens)
     }
 
-    /// Creates the sums from those of all kv heads, `[group, entries]` each, concatenated. `sums`
-    /// may be longer.
+    /// Creates the sums from those of all kv heads, `[group, entries]` each, concatenated. Elements
+    /// of `sums` past the end are ignored.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if it is shorter.

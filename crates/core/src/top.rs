@@ -18,8 +18,8 @@ pub struct Candidates {
     pub ranking: Ranking,
 }
 
-/// How the entries of a sequence are ranked, and their positions, no two of which are equal. Entries
-/// may be in any order.
+/// How the entries of a sequence are ranked, and their positions. No two positions are equal.
+/// Entries may be in any order.
 #[derive(Debug, Clone)]
 pub struct Ranking {
     /// How several scores of an entry are reduced.
@@ -28,11 +28,13 @@ pub struct Ranking {
     pub previous: Option<Tensor>,
     /// Positions of the first entries, `[kv_heads, placed]` in u32.
     pub positions: Option<Tensor>,
-    /// The position of the entry after these. The next ones follow it without gaps.
+    /// The position of the first entry after these. The following entries have consecutive
+    /// positions.
     pub next_position: u32,
-    /// Entries at this many first positions always stay, if there is room for them.
+    /// Number of sinks: the entries at the first positions, which are always kept if there is room.
     pub sinks: usize,
-    /// Entries at this many last positions always stay, if there is room for them.
+    /// Number of newest entries: those at the last positions, which are always kept if there is
+    /// room.
     pub recent: usize,
 }
 

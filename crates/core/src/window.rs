@@ -44,7 +44,8 @@ pub fn by_layer_type<F: KvCache + 'static, W: KvCache + 'static>(
 /// group, whole blocks are freed and nothing is repacked. A sequence holds fewer than `window +
 /// step` tokens plus the tokens of its last call.
 ///
-/// Attention is exact among the tokens of a call, and uses the store's numbers for earlier tokens.
+/// Attention is exact among the tokens of a call. For earlier tokens it uses the keys and values as
+/// stored, for example quantized.
 pub type WindowCache<S> = StoreCache<S, WindowStrategy>;
 
 /// The strategy of a [`WindowCache`].

@@ -27,8 +27,7 @@ pub struct Agreement {
     pub dense_perplexity: f64,
     /// The share of tokens for which both models have the same most probable token.
     pub top1: f64,
-    /// The mean Kullback-Leibler divergence of the subject's distribution from the dense model's,
-    /// in nats.
+    /// The mean Kullback-Leibler divergence KL(dense || subject) of the two distributions, in nats.
     pub kl: f64,
     /// Dense bytes divided by bytes held at the end.
     pub ratio: Option<f64>,

@@ -275,7 +275,8 @@ fn longest_sample<E: From<Error>>(
             break;
         }
         // Counting tokens of a long text takes long. So the next length follows from the last one's
-        // tokens per word, and each fourth step halves the range, whatever the text is like.
+        // tokens per word, and each fourth step halves the range, which bounds the number of steps
+        // for any text.
         let words = match step % 4 {
             0 => low + (high - low) / 2,
             _ => next.clamp(low + 1, high - 1),

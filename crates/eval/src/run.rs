@@ -76,7 +76,7 @@ pub struct Plan<'a> {
     pub limits: Limits,
     /// The part of this process.
     pub shard: Shard,
-    /// Seed, recorded with every result. The caller makes generated tasks from it.
+    /// Seed, recorded with every result. The caller generates tasks from it.
     pub seed: u64,
     /// Whether the first bad record of a task's data, or the first error of a subject, stops the
     /// run. Otherwise it is skipped.
@@ -135,8 +135,8 @@ pub struct Summary {
 /// Answers the samples that have no result yet.
 ///
 /// A subject that cannot be opened is reported once, and its samples count as failed, unless the
-/// plan is strict. A subject for several settings that cannot be opened is opened for each half of
-/// them.
+/// plan is strict. If a subject for several settings cannot be opened, one is opened for each half
+/// of the settings.
 ///
 /// # Errors
 /// - [`Error::Setting`] if the folder belongs to a run with another token limit or seed, or with
@@ -151,7 +151,7 @@ pub fn run(
 ) -> Result<Summary> {
     plan.shard.check()?;
     plan.settings.iter().try_for_each(|setting| methods.check(setting))?;
-    // The folder first: generating questions can take long.
+    // The folder is checked first, because generating questions can take long.
     join(&plan.folder, &plan.manifest())?;
     let (mut results, torn) = Results::open(&plan.folder, plan.shard)?;
     let mut summary = Summary::default();
@@ -310,7 +310,7 @@ impl Job<'_> {
         Err(Error::setting(name, expected, format!("another (SHA-256 {})", self.digest)))
     }
 
-    /// The question to the subject of the settings from number `first` on.
+    /// Returns the question for a subject whose settings begin at index `first`.
     fn question(&self, plan: &Plan<'_>, first: usize) -> Question<'_> {
         Question {
             sample: self.sample,

@@ -9,7 +9,7 @@ pub use paper::paper;
 
 use crate::{Error, Result};
 
-/// One column of a comparison: a method on a model.
+/// One row of a comparison: a method on a model.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setting {

@@ -22,9 +22,9 @@ use tile::Tile;
 
 /// Slots per tile; a multiple of every block's size.
 const TILE: usize = 128;
-/// Slots per piece. The weighted values of a piece are summed separately before the sums are
-/// merged, with any number of threads and any other sequences in the call. So a sequence has the
-/// same result, bit for bit, in every batch.
+/// Slots per piece. The weighted values of each piece are summed separately, then the sums are
+/// merged. The pieces depend neither on the number of threads nor on the other sequences of the
+/// call, so a sequence has the same result, bit for bit, in every batch.
 const PIECE: usize = 16 * TILE;
 /// Query rows per tile.
 const ROWS: usize = 64;

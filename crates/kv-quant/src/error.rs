@@ -37,8 +37,8 @@ pub enum Error {
         /// Its position.
         at: Position,
     },
-    /// A finite number, or the range of a group, beyond f16's ±65504. If tokens of a group are
-    /// appended one by one, a number beyond half of that.
+    /// A finite number beyond f16's ±65504, or a group whose range exceeds 65504. If the tokens of
+    /// a group are appended one by one, also a number beyond half of that.
     #[error("{value} at {at} is too large for groups in f16")]
     OutOfRange {
         /// The number or the range.

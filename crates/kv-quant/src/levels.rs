@@ -1,10 +1,10 @@
-//! Quantization levels: the numbers of codes before scaling.
+//! Quantization levels: the numbers that codes represent, before scaling.
 
 mod lloyd_max;
 
 use crate::{Bits, Codes, Float8, Scheme};
 
-/// The numbers of codes.
+/// The numbers that codes represent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Levels {
     /// Integers from `first` on.

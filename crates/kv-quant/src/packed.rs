@@ -78,7 +78,7 @@ impl Packed {
     ///
     /// # Errors
     /// As [`Packed::quantize`], and [`Error::Mismatch`] if the capacity is exceeded, or the last
-    /// group along tokens has been closed with fewer rows than a group has. On an error nothing is
+    /// group along tokens was quantized with fewer rows than the group size. On an error nothing is
     /// appended.
     pub fn push<T: Number>(&mut self, src: &[T], quantizer: &mut Quantizer) -> Result<()> {
         let columns = self.layout.columns;

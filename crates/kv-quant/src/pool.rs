@@ -43,7 +43,7 @@ pub struct PoolShape {
 /// pages; a shared one is copied before it is written. Sequence ids are chosen by the caller. A
 /// pool grows as needed, unless it has a fixed [capacity](Self::with_capacity).
 ///
-/// Evicted entries leave holes, which the attention skips. A block of holes is freed.
+/// Evicted entries leave holes, which the attention skips. A block with only holes is freed.
 #[derive(Debug, Clone)]
 pub struct Pool {
     pub(crate) shape: PoolShape,
@@ -114,7 +114,7 @@ impl Pool {
 
     /// Limits the blocks and pages in use to `bytes` bytes.
     ///
-    /// Block tables, and blocks that are allocated and free, are not included: see
+    /// Block tables, and allocated blocks that are not in use, are not included: see
     /// [`footprint`](Self::footprint).
     ///
     /// An empty pool with a capacity of 32 MiB or more allocates 4 MiB at a time, in huge pages
@@ -134,7 +134,7 @@ impl Pool {
         self.capacity
     }
 
-    /// Returns the bytes of blocks and pages that can still be taken; `usize::MAX` for a pool that
+    /// Returns the bytes that are still free for blocks and pages; `usize::MAX` for a pool that
     /// grows.
     pub fn free_bytes(&self) -> usize {
         self.capacity.map_or(usize::MAX, |bytes| bytes.saturating_sub(self.memory.used()))
@@ -201,7 +201,7 @@ impl Pool {
         self.read_range(seq, kv_head, 0..len)
     }
 
-    /// Reads a range of entries, as [`read`](Self::read) does all of them.
+    /// Reads a range of entries, like [`read`](Self::read).
     ///
     /// # Errors
     /// As [`read`](Self::read), and [`Error::Mismatch`] for a range past the head's end.

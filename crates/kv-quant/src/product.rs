@@ -89,8 +89,8 @@ impl<'a> PackedRef<'a> {
         s.of_lanes = sums;
     }
 
-    /// All lanes of a group share each step's scale and zero point: the kernel makes a table of
-    /// dequantized levels at every step.
+    /// For groups whose lanes share each step's scale and zero point. The kernel computes a table
+    /// of dequantized levels at every step.
     fn accumulate_by_step(
         &self,
         x: Rows<'_>,
@@ -122,7 +122,8 @@ impl<'a> PackedRef<'a> {
         }
     }
 
-    /// Each lane has its own scale for a group of steps, which multiplies the group's sum.
+    /// For lanes that each have their own scale for a group of steps. The scale is applied to the
+    /// sum of the group.
     fn accumulate_by_lane(
         &self,
         x: Rows<'_>,

@@ -18,7 +18,7 @@ use half::slice::HalfFloatSliceExt;
 /// Quantizes rows of one width. It keeps its buffers from call to call.
 #[derive(Debug, Default)]
 pub struct Quantizer {
-    /// The rows, rotated if the scheme says so.
+    /// The rows, rotated if the scheme requires it.
     x: Vec<f32>,
     /// Minimum and maximum of each group; later zero points and divisors.
     min: Vec<f32>,
@@ -67,7 +67,7 @@ impl Quantizer {
     }
 
     /// Rotates the rows. Only rows that were quantized before can have numbers that become too
-    /// large here: others are refused on append.
+    /// large here: append refuses all other rows with such numbers.
     fn rotate(&mut self, columns: usize, scheme: Scheme) {
         hadamard(&mut self.x, columns);
         let largest = MAX_GROUPED.to_f32();

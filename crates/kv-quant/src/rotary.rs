@@ -1,11 +1,11 @@
 //! Keys packed before the rotary embedding and rotated when they are scored, as in KVQuant (arXiv
 //! 2401.18079).
 //!
-//! Before the rotation, a channel keeps its range over all tokens; after it, it does not. So keys
-//! along tokens are quantized more accurately before the rotation. Scoring rotates a panel of 32
-//! tokens at a time. Rotations add up: if the queries are rotated back by the panel's first
-//! position, the tokens of every panel are rotated by only 0 to 31 positions, and one small table
-//! serves all panels.
+//! Before the rotation, the range of a channel is stable over the tokens; after the rotation it is
+//! not. So quantization of keys along tokens is more accurate before the rotation. Scoring rotates
+//! a panel of 32 tokens at a time. Rotations add up: if the queries are rotated back by the panel's
+//! first position, the tokens of every panel are rotated by only 0 to 31 positions, and one small
+//! table serves all panels.
 
 use crate::layout::PANEL;
 use crate::packed::PackedRef;

@@ -41,10 +41,10 @@ use unrotated_rows::UnrotatedRows;
 /// twice. Outside the stores there are, for each query head, a mean key in f32 for each block, and
 /// a number for each token of the window.
 ///
-/// Recently retrieved blocks are resident; the others may be in slower memory. On a CPU both are in
-/// its memory and nothing is copied: [`footprint`](KvCache::footprint) counts everything, and
-/// [`resident_footprint`](InfLlm::resident_footprint) the part that an accelerator would have to
-/// hold.
+/// Recently retrieved blocks are resident; the others could be held in slower memory. On a CPU
+/// both are in the same memory and nothing is copied: [`footprint`](KvCache::footprint) counts
+/// everything, and [`resident_footprint`](InfLlm::resident_footprint) the part that an accelerator
+/// would have to hold.
 ///
 /// A prompt is processed in chunks, each of which sees only the tokens above. With
 /// [`with_exact_prompt`](InfLlm::with_exact_prompt) a sequence's first call has exact attention

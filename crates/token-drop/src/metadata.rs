@@ -58,7 +58,7 @@ impl EntryMetadata {
         self.scores = Some(scores);
     }
 
-    /// Keeps the selected entries. `kept` holds what belongs to them if they were selected on a
+    /// Keeps the selected entries. `kept` has their positions and scores if they were selected on a
     /// device.
     pub fn retain(&mut self, keep: &Selection, kept: Option<Kept>) -> Result<()> {
         match kept {

@@ -55,10 +55,10 @@ pub trait EvictionPolicy: Send {
     /// If a tensor operation fails.
     fn score(&self, view: &LayerView<'_>) -> Result<Tensor>;
 
-    /// Describes the scores, if they are no more than reduced attention sums, plus the previous
-    /// scores if the policy [needs](Self::needs) them. A CUDA device then scores the entries of all
-    /// decoded sequences in one kernel, without [`score`](Self::score), which must return
-    /// [`ReducedAttention::score`]. `None` by default.
+    /// Describes the scores if they are just reduced attention sums, plus the previous scores if
+    /// the policy [needs](Self::needs) them. On a CUDA device one kernel then scores the entries of
+    /// all decoding sequences, and [`score`](Self::score) is not called. `score` must return the
+    /// same scores, those of [`ReducedAttention::score`]. `None` by default.
     fn reduced_attention(&self) -> Option<ReducedAttention> {
         None
     }
@@ -87,8 +87,8 @@ pub struct Needs {
     pub keys: bool,
     /// Values.
     pub values: bool,
-    /// This many of the newest queries, before the rotary embedding: queries of the call, and
-    /// during decoding of earlier calls too. The layer must have a rotary embedding.
+    /// Number of newest queries, before the rotary embedding. They are queries of the call and,
+    /// during decoding, also of earlier calls. The layer must have a rotary embedding.
     pub queries: Option<usize>,
     /// The attention that entries receive from these queries.
     pub attention: Option<ObservedQueries>,
@@ -102,7 +102,8 @@ pub struct Needs {
 pub enum ObservedQueries {
     /// All queries of the call.
     Call,
-    /// The newest queries of the call. During decoding, earlier queries are kept for this.
+    /// The newest queries of the call. During decoding, the cache keeps queries of earlier calls
+    /// for this purpose.
     Newest {
         /// Number of queries.
         queries: usize,

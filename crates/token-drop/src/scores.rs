@@ -17,7 +17,7 @@ pub enum Scores {
 
 impl Scores {
     /// Creates scores from those of consecutive kv heads, `[heads, entries]` each. They stay on a
-    /// CUDA device if all heads hold equally many entries.
+    /// CUDA device if all heads hold the same number of entries.
     pub fn new(runs: Vec<Tensor>) -> Result<Self> {
         if let [all] = runs.as_slice()
             && all.device().is_cuda()
@@ -48,7 +48,8 @@ impl Scores {
         Ok(())
     }
 
-    /// Returns the scores of some kv heads with equally many, `[heads, entries]`.
+    /// Returns the scores of some kv heads that hold the same number of entries, `[heads,
+    /// entries]`.
     pub fn of_heads(&self, heads: Range<usize>, device: &Device) -> Result<Tensor> {
         match self {
             Self::OnDevice(all) => Ok(all.narrow(0, heads.start, heads.len())?),

@@ -178,7 +178,7 @@ fn rank(scores: &[f32], entry: u32) -> u64 {
     u64::from(!ascending) << 32 | u64::from(entry)
 }
 
-/// Replaces NaN, which has no order, by the lowest score.
+/// Replaces NaN, which has no order, with the lowest score.
 fn nan_as_lowest(score: f32) -> f32 {
     if score.is_nan() { f32::NEG_INFINITY } else { score }
 }

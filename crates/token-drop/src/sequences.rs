@@ -20,7 +20,7 @@ pub struct Sequence<T> {
     pub seen: usize,
     pub prompt: Prompt,
     pub state: T,
-    /// The reason of a call that failed midway.
+    /// The error of a call that failed midway; `None` unless the sequence is poisoned.
     poisoned: Option<String>,
 }
 

@@ -100,8 +100,8 @@ impl Settings {
         self.check_observed(needs)
     }
 
-    /// Refuses combinations of settings that need equally long heads with settings that make them
-    /// unequal.
+    /// Refuses settings that need heads of equal length in combination with settings that make
+    /// their lengths unequal.
     fn check_heads(&self) -> Result<()> {
         let own = matches!(self.budget, Budget::Heads(_));
         let adaptive = matches!(self.head_budgets, HeadBudgets::Adaptive { .. });

@@ -35,8 +35,8 @@ const MIN_SINKS: usize = 4;
 ///
 /// A whole prompt in one call has exact attention; tokens are dropped afterwards.
 ///
-/// [`truncate`](KvCache::truncate) removes tokens fed since the last drop: with
-/// [`with_step`](Self::with_step), up to a step of them.
+/// [`truncate`](KvCache::truncate) is possible to 0 tokens and to any length since the last drop.
+/// With [`with_step`](Self::with_step), these lengths go back up to a step.
 ///
 /// In a pool of fixed capacity, dropping tokens from blocks that forks share needs room for copies.
 /// Without that room, a later call drops them.
@@ -200,7 +200,8 @@ impl<S: KvStore> StreamingLlm<S> {
             let q = self.spec.rotate(step.q, &within_cache)?;
             parts.push(self.sinks.attend(step.batch, &q, Mask::Full)?);
         }
-        // One append for all sequences: a full pool is noticed while nothing has changed.
+        // One append for all sequences, so that a full pool is an error before anything has
+        // changed.
         self.append(step, &k, updates)?;
         if let Some(part) = &ones {
             of_window.push((part, self.window.attend(&part.batch, &part.rows(&q)?, Mask::Causal)?));

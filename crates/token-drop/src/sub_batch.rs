@@ -12,8 +12,8 @@ pub struct SubBatch {
 }
 
 impl SubBatch {
-    /// Selects the range of each sequence's own tokens that `tokens` returns; `None` if nothing is
-    /// left.
+    /// Selects the range of each sequence's own tokens that `tokens` returns; `None` if no token is
+    /// selected.
     pub fn new(
         batch: &Batch,
         tokens: impl Fn(SeqId, usize) -> std::ops::Range<usize>,

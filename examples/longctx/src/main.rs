@@ -26,7 +26,8 @@ enum Command {
     /// Evaluate methods: quality, memory and speed
     #[command(subcommand)]
     Eval(eval::Command),
-    /// Compute how many tokens and sequences fit in some memory under each method, without weights
+    /// Compute how many tokens and sequences fit in a given memory under each method, without
+    /// weights
     Plan(plan::Args),
     /// Serve a model over the OpenAI API, many sequences at a time
     Serve(Box<longctx_serve::Args>),

@@ -1,4 +1,5 @@
-//! Computes how many tokens and sequences fit in some memory under each method, from counted bytes.
+//! Computes how many tokens and sequences fit in a given memory under each method, from counted
+//! bytes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -35,8 +36,8 @@ pub struct Args {
     settings: Vec<String>,
 }
 
-/// The number of tokens at which a layer's bytes are counted, and at half of it. A shorter window
-/// replaces it.
+/// A layer's bytes are counted at this number of tokens and at half of it. If the layer's window is
+/// shorter, it replaces the number.
 const COUNTED: usize = 2048;
 
 /// The largest number of channels of a layer's keys whose bytes are counted, more than any model

@@ -7,10 +7,11 @@
 //! request beyond the cache's memory waits in the scheduler. The time to the first token includes
 //! that wait.
 //!
-//! `tokens/s` is that of the whole run, with its start, and its end, when the last answers are
-//! written and the memory empties. `full` is that of the time between: from when 90 % of the largest
-//! number of sequences are held to when the last request has been admitted. The last columns say how
-//! long the host launched the steps' work, and then waited for the device.
+//! `tokens/s` is the throughput of the whole run. It includes the start and the end, when the
+//! memory is not full. `full` is the throughput while the memory is full: from the time when 90 %
+//! of the largest number of sequences are held until the last request is admitted. The last columns
+//! have the time in which the host launches the work of the steps, and the time in which it then
+//! waits for the device.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -179,7 +179,7 @@ mod tests {
         }
     }
 
-    /// Each answer counts once: as done, also if a stop string ends it, as failed or as cancelled.
+    /// Each answer counts once: as done (also if a stop string ends it), as failed or as cancelled.
     #[tokio::test]
     async fn answers_are_counted_by_their_end() {
         let app = app();

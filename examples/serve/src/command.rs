@@ -14,7 +14,7 @@ use crate::metrics::Metrics;
 use crate::routes::{self, App};
 use crate::scheduler::{Options, Scheduler};
 
-/// The largest accepted memory limit: 16 EiB exceed a number of bytes.
+/// The largest accepted memory limit. 16 EiB or more do not fit in a 64-bit number of bytes.
 const MAX_MIB: usize = (1 << 44) - 1;
 
 /// The options of the server.

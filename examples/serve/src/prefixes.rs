@@ -40,7 +40,7 @@ impl Prefixes {
         dropped
     }
 
-    /// Removes the least recently used prefix; `last` only if there is no other.
+    /// Removes the least recently used prefix. Removes `last` only if there is no other.
     pub fn drop_oldest(&mut self, last: Option<SeqId>) -> Option<SeqId> {
         let at = self.kept.iter().position(|(_, seq)| Some(*seq) != last).unwrap_or(0);
         (at < self.kept.len()).then(|| self.kept.remove(at).1)

@@ -102,7 +102,7 @@ impl Running {
     }
 }
 
-/// What a step gives for a sequence.
+/// The result of a step for a sequence.
 enum Output {
     /// The token, chosen on the model's device because all sequences of the step are greedy.
     Token(Result<u32>),

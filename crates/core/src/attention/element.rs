@@ -44,7 +44,8 @@ impl Element for f16 {
     }
 }
 
-/// Converts 16 elements per instruction. `half` converts eight and measured several times slower.
+/// Converts 16 elements per instruction. The crate `half` converts eight and was several times
+/// slower in measurements.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[allow(unsafe_code)]

@@ -92,11 +92,11 @@ pub fn attend(
     }
 }
 
-/// Returns the attention probability that each token of its own sequence receives, summed over the
-/// queries: [`KvStore::attention_sums`](crate::KvStore::attention_sums) over the tokens of one
-/// call. `queries` are the last tokens of each sequence; `q` and `lse` have one row for each of
-/// them. On a CUDA device without a kernel for the dtype and shape, keys and queries are copied to
-/// the CPU and the sums are copied back.
+/// Returns the attention probability that each token receives from the queries of its own sequence,
+/// summed over these queries: [`KvStore::attention_sums`](crate::KvStore::attention_sums) over the
+/// tokens of one call. `queries` are the last tokens of each sequence; `q` and `lse` have one row
+/// for each of them. On a CUDA device without a kernel for the dtype and shape, keys and queries
+/// are copied to the CPU and the sums are copied back.
 ///
 /// # Errors
 /// As [`attend`], and if `lse` is not `[queries, heads]`.

@@ -16,7 +16,7 @@ const BLOCK: usize = 256;
 /// Up to this many rows, one pass over keys and values is faster than packing them for a matrix
 /// product.
 const FEW_ROWS: usize = 8;
-/// A range with fewer entries than this is not worth waking a thread.
+/// For a range with fewer entries, waking a thread does not pay.
 const MIN_SPLIT: usize = 512;
 
 /// A run of consecutive entries of one kv head, row-major.
@@ -194,7 +194,8 @@ struct F32Block {
 
 impl Call<'_> {
     /// Returns blocks of queries, each over one or more ranges of entries. The range length is
-    /// chosen so that every thread gets a few ranges, whichever sequences the entries belong to.
+    /// chosen so that every thread gets a few ranges, however the entries are distributed among the
+    /// sequences.
     fn plan(&self, lens: &[usize]) -> Vec<TileWork> {
         let whole: Vec<TileWork> = (0..lens.len())
             .flat_map(|head| self.query_blocks(head).map(move |queries| (head, queries)))
@@ -447,8 +448,8 @@ fn accumulate_values(weights: &[f32], runs: &[Page<'_, f32>], value_dim: usize, 
 /// Its arguments are the index of the first entry, and the keys and values in f32.
 ///
 /// Pages may be far shorter than a block. They are copied into one run, because a matrix product
-/// with few columns is slow. Only when few rows read f32 pages is each page a run of its own, read
-/// in place: a copy would cost more.
+/// with few columns is slow. Exception: if few rows read f32 pages, each page is a separate run
+/// that is read in place, because a copy would cost more.
 fn for_each_block<T: Element>(
     pages: &[Page<'_, T>],
     shape: &AttentionShape,

@@ -65,7 +65,7 @@ impl CacheStrategy<DenseStore> for DenseStrategy {
         store.prepares_decode()
     }
 
-    /// Drops the entries that the step before left beyond the sliding window, unless copies of
+    /// Drops the entries beyond the sliding window that the previous step left, unless copies of
     /// shared blocks would take the room for the new tokens.
     fn prepare_decode(
         &self,

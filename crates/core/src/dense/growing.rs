@@ -34,8 +34,8 @@ impl GrowingTensors {
             return Ok(());
         }
         if len > self.k.dim(2)? {
-            // A sixteenth more: all copies of a generation then cost as much as reading the cache
-            // about 16 times.
+            // Grows by a sixteenth, so that all copies during a generation together cost as much as
+            // reading the cache about 16 times.
             let capacity = len + MIN_SPARE.max(self.len / 16);
             let (k, v) = (self.grown(&self.k, capacity)?, self.grown(&self.v, capacity)?);
             (self.k, self.v) = (k, v);

@@ -218,7 +218,7 @@ impl<T: Element> Pool<T> {
         self.blocks = Blocks::new(self.blocks.size, self.blocks.capacity);
     }
 
-    /// Returns the number of blocks that no table names.
+    /// Returns the number of blocks to which no table refers.
     #[cfg(test)]
     pub fn free_blocks(&self) -> usize {
         self.blocks.free.len()

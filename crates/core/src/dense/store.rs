@@ -26,7 +26,7 @@ use std::ops::Range;
 /// - On a CUDA device the blocks have 64 entries. This needs feature `cuda`, f16 or bf16, and a
 ///   head size with kernels.
 /// - On other devices, and for other dtypes and shapes, each sequence has one tensor for all heads.
-///   The heads then keep equally many entries, and the memory has no limit.
+///   The heads then keep the same number of entries, and the memory has no limit.
 ///
 /// The first tensors determine the device. Tensors from another device are refused.
 #[derive(Debug)]

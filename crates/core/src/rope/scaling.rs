@@ -104,7 +104,8 @@ impl RopeScaling {
         self
     }
 
-    /// Returns the longest sequence, in tokens, that the frequencies are made for; `None` if any.
+    /// Returns the longest sequence, in tokens, for which the frequencies are valid; `None` if they
+    /// are valid for any length.
     pub fn longest(&self) -> Option<usize> {
         match self {
             Self::Dynamic { original_context, length, .. } => Some(*length.max(original_context)),

@@ -95,9 +95,9 @@ impl Reader {
 
     /// Answers for several settings with one prefill of each prompt.
     ///
-    /// The model must hold the sequences of all settings: those of setting `s` have ids that are
-    /// `s` modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of them,
-    /// which is forked into sequences of each.
+    /// The model must hold the sequences of all settings: those of setting `s` have ids congruent
+    /// to `s` modulo `settings + 1`. A sequence with remainder `settings` is a prompt for all of
+    /// them, which is forked into sequences of each.
     #[must_use]
     pub fn with_shared_prefill(mut self, settings: usize) -> Self {
         self.settings = settings.max(1);
@@ -118,8 +118,9 @@ impl Reader {
         self
     }
 
-    /// Sets the function that returns the bytes of a dense f16 cache for a number of tokens, the
-    /// reference of ratios. Layers with a sliding window stop growing.
+    /// Sets the function that returns the bytes of a dense f16 cache for a number of tokens.
+    /// Compression ratios are relative to it. It must count layers with a sliding window only up to
+    /// their window.
     #[must_use]
     pub fn with_dense_bytes(mut self, bytes: impl Fn(usize) -> usize + Send + 'static) -> Self {
         self.dense_bytes = Some(Box::new(bytes));
@@ -222,8 +223,8 @@ impl Reader {
         self.begin_turns(sample)
     }
 
-    /// Prefills a sample's first turn for all settings. `None` if that fails: then each setting
-    /// prefills it, and has its own error.
+    /// Prefills a sample's first turn for all settings. Returns `None` if that fails; each setting
+    /// then prefills the turn itself and has its own error.
     fn prompt<'a>(&mut self, question: Question<'a>) -> Option<Prompt<'a>> {
         let seq = self.settings as SeqId;
         self.model.remove(seq);

@@ -28,10 +28,10 @@ const OWN_FIELDS: [&str; 7] =
 
 /// A server as a subject: greedy, streamed, with several concurrent requests.
 ///
-/// A failed attempt is repeated after a broken connection, a time-out, status 408, 409, 429 or 5xx,
-/// or an invalid answer. The wait between attempts doubles each time, or is the one that the server
-/// requests. A sample whose attempts all fail has no result; the next samples then get one attempt
-/// each until the server answers again.
+/// A failed attempt is repeated after a broken connection, a time-out, status 408, 409, 425, 429 or
+/// 5xx, or an invalid answer. The wait between attempts doubles each time, or is the one that the
+/// server requests. A sample whose attempts all fail has no result; the next samples then get one
+/// attempt each until the server answers again.
 pub struct Server {
     agent: Agent,
     model: String,

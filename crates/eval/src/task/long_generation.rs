@@ -116,8 +116,8 @@ struct Parts {
     max_new_tokens: usize,
 }
 
-/// Returns a number of tokens for twice the length of `text`: no tokenizer uses more than one token
-/// per character.
+/// Returns a number of tokens that suffices for twice the length of `text`, because no tokenizer
+/// uses more than one token per character.
 fn max_tokens_for(text: &str) -> usize {
     text.len() + 16
 }

@@ -1,6 +1,6 @@
 //! LongBench (Bai et al., arXiv 2308.14508): 16 English tasks with the prompts and scores of the
-//! paper's longctx_bench; and their 13 LongBench-E versions, with equally many samples of each
-//! length.
+//! paper's longctx_bench; and their 13 LongBench-E versions, with the same number of samples of
+//! each length.
 
 #[cfg(feature = "hub")]
 mod hub;

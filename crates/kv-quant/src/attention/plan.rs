@@ -22,7 +22,7 @@ pub struct Call<'a, T> {
     pub group: usize,
 }
 
-/// Contiguous slots, and the number of the unit's slots before them.
+/// Contiguous slots of a unit, and the number of the unit's slots before them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Span {
     pub offset: usize,
@@ -195,7 +195,8 @@ impl<'a, T: Number> Call<'a, T> {
         spans
     }
 
-    /// Divides the units for threads: no item is much larger than a thread's share of all the work.
+    /// Divides the units among threads. No item is much larger than a thread's share of the total
+    /// work.
     pub fn items(&self, units: &[Unit]) -> Vec<Item> {
         // Codes are read once for all rows, which costs as much as the products of a few rows.
         let cost = |unit: &Unit| 4 + self.group * unit.queries.len();

@@ -127,7 +127,7 @@ impl QuantCache {
         Ok(Self { sink_tokens: tokens, store, ..self })
     }
 
-    /// Limits the packed blocks and residuals in use to `bytes` bytes, without the sinks.
+    /// Limits the packed blocks and residuals in use to `bytes` bytes. Sinks are not included.
     #[must_use]
     pub fn with_capacity(self, bytes: usize) -> Self {
         Self { store: self.store.with_capacity(bytes), ..self }
@@ -462,7 +462,7 @@ impl KvCache for QuantCache {
         self.sinks.len(seq) + self.store.len(seq)
     }
 
-    /// Sinks are counted as packed tokens, which never underestimates.
+    /// Counts sinks as packed tokens, which never underestimates the memory.
     fn can_append(&self, batch: &Batch) -> bool {
         self.store.can_append(batch)
     }

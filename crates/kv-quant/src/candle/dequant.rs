@@ -133,7 +133,7 @@ impl DequantCache {
 
     /// Joins the batch entries of several caches into one batch. The caches must be derived from
     /// one cache, by [`split`](Self::split), [`clone`](Self::clone) or [`sibling`](Self::sibling),
-    /// and hold equally many tokens.
+    /// and hold the same number of tokens.
     ///
     /// # Errors
     /// If there are no caches, they share no memory, or their lengths differ.

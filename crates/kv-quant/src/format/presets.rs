@@ -160,8 +160,9 @@ impl Format {
     }
 
     /// KVarN (arXiv 2606.03458): variance-normalized tiles of `tile` tokens, with the newest
-    /// tokens, up to a tile, in full precision. The published code also keeps each sequence's first
-    /// 128 tokens in f16, as sinks.
+    /// tokens, less than a tile, in full precision. The newest packed tile also stays in f16 until
+    /// the next one is packed. The published code also keeps each sequence's first 128 tokens in
+    /// f16, as sinks.
     ///
     /// # Errors
     /// [`Error::Setting`] unless the tile is 32, 64 or 128.

@@ -54,8 +54,8 @@ pub struct Panel<'a> {
     pub bits: usize,
     /// The meaning of codes.
     pub levels: Levels,
-    /// Codes of a later product, prefetched while this one is computed. Prefetching them all at
-    /// once would fill the queue of cache misses, and the product would wait for them.
+    /// Codes of a later product, prefetched while this one is computed. Prefetching all of them at
+    /// once would fill the queue of outstanding cache misses, and the product would wait.
     pub ahead: &'a [Line],
 }
 

@@ -119,8 +119,8 @@ impl Pool {
     /// Returns whether there is room to append the tokens to the sequences, in one call or divided
     /// among several.
     ///
-    /// Divided, they can take more than [`bytes_needed`](Self::bytes_needed): tokens in full
-    /// precision wait for their group, which frees memory when it is packed.
+    /// Several calls can need more memory than [`bytes_needed`](Self::bytes_needed): tokens stay in
+    /// full precision until their group is complete, and only its packing frees that memory.
     pub fn can_append(&self, seqs: &[u64], cu_seqlens: &[usize]) -> bool {
         if batch::check(seqs, cu_seqlens).is_err() {
             return false;
@@ -368,7 +368,8 @@ fn head_mut<'a>(
     Some(&mut seqs.get_mut(&item.seq)?.heads[item.head])
 }
 
-/// Returns the number of parts with 64 rows in total: fewer are not worth waking a thread.
+/// Returns the number of parts that have 64 rows in total. For fewer rows, waking a thread does not
+/// pay.
 fn min_parts_per_thread(parts: usize, rows: usize) -> usize {
     (64 * parts).div_ceil(rows.max(1)).max(1)
 }

@@ -2,7 +2,8 @@
 
 use crate::{Error, Position, Result};
 
-/// The largest number of tokens of a call. Numbers of bytes that follow from it do not overflow.
+/// The largest number of tokens of a call. Sizes in bytes that are computed from it do not
+/// overflow.
 const MAX_TOKENS: usize = u32::MAX as usize;
 
 /// Checks that `cu_seqlens` starts at 0, does not decrease, ends at 2^32 - 1 at most and has one

@@ -29,7 +29,7 @@ impl PoolBytes {
 }
 
 impl Pool {
-    /// Returns the bytes held for all sequences, including memory that is allocated and free.
+    /// Returns the bytes held for all sequences, including allocated memory that is not in use.
     pub fn footprint(&self) -> PoolBytes {
         let mut bytes = PoolBytes::default();
         let mut counted = self.memory.slabs().map(|slabs| vec![false; slabs.identifiers()]);

@@ -190,8 +190,8 @@ impl Head {
         })
     }
 
-    /// Returns the memory that growth takes: new blocks, and copies of shared ones. The cost does
-    /// not depend on the number of new blocks.
+    /// Returns the memory that growth takes: new blocks, and copies of shared ones. The running
+    /// time does not depend on the number of new blocks.
     pub fn delta_to_grow(&self, memory: &PoolMemory, chunk: usize, to: &Growth) -> BlockDelta {
         let held = self.blocks.len();
         let written = self.written_blocks(chunk, to).take_while(|(i, _)| *i < held);
@@ -204,18 +204,19 @@ impl Head {
         }
     }
 
-    /// Returns the most memory that growth by `tokens` tokens takes at a time, in any number of
-    /// calls. Each kind of memory has its own maximum.
+    /// Returns the peak memory of growth by `tokens` tokens, divided into any number of calls. Each
+    /// kind of memory has its own peak.
     ///
-    /// The number of blocks never decreases. That of pages is largest just before the last tokens
-    /// are packed, and, as the tokens in full precision move over the pages' bounds, among the last
-    /// tokens.
+    /// The number of blocks never decreases. The number of pages peaks just before the last group
+    /// is packed or, depending on how the tokens in full precision are aligned to pages, during the
+    /// last tokens.
     pub fn peak_to_grow(&self, memory: &PoolMemory, format: &Format, tokens: usize) -> BlockDelta {
         let chunk = format.block_tokens();
         let all = self.delta_to_grow(memory, chunk, &self.grown(format, tokens));
         let mut peak = BlockDelta { blocks: all.blocks.max(0), ..BlockDelta::default() };
         let packed = self.grown(format, tokens).packed_keys;
-        // The first number of tokens after which as many are packed as after all.
+        // Finds the smallest number of tokens after which as many keys are packed as after all
+        // tokens.
         let (mut low, mut high) = (0, tokens);
         while low < high {
             let middle = low + (high - low) / 2;

@@ -14,7 +14,8 @@ struct Cut {
     /// Numbers of keys and values that stay packed.
     packed_keys: usize,
     packed_values: usize,
-    /// The first slot of a block that the cut divides and whose entries go back to full precision.
+    /// The first slot of the block that the cut divides. Its entries before the cut return to full
+    /// precision.
     unpacked: Option<usize>,
 }
 
@@ -54,8 +55,8 @@ impl Pool {
     /// The effect on the kept entries depends on the position of the cut and the format:
     ///
     /// - With a [rolling](Flush::Rolling) flush and no evictions, the sequence equals, bit for bit,
-    ///   one that never had the dropped tokens, if at least `residual` entries remain after its
-    ///   last but one packed group. This always holds for a cut of up to a group of tokens. A
+    ///   one that never had the dropped tokens, if at least `residual` entries remain after the
+    ///   second to last packed group. This always holds for a cut of up to a group of tokens. A
     ///   deeper cut among entries in full precision changes none of the kept ones.
     /// - A cut within a block of keys along tokens unpacks the block: its entries before the cut go
     ///   back to full precision with their quantized values, and are quantized again once their
@@ -136,8 +137,9 @@ impl Head {
         cut(first, self.packed_values.min(first), unpacked)
     }
 
-    /// Returns the number of keys that would be packed among `slots` slots, if those packed in
-    /// excess are still in full precision too.
+    /// Returns the number of keys that stay packed after a truncation to `slots` slots. Groups that
+    /// a sequence of this length would not have packed are unpacked, if they are still in full
+    /// precision too.
     fn still_packed(&self, format: &Format, slots: usize) -> usize {
         let Flush::Rolling(residual) = format.flush() else { return self.packed_keys };
         let chunk = format.block_tokens();

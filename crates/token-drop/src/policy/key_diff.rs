@@ -24,8 +24,8 @@ impl EvictionPolicy for KeyDiff {
     }
 }
 
-/// Returns the norms of rows. They are at least a small positive number, so that a zero key has no
-/// direction instead of NaN.
+/// Returns the norms of rows. They are at least a small positive number, so that the direction of a
+/// zero key is zero instead of NaN.
 fn norms(x: &Tensor) -> Result<Tensor> {
     Ok(x.sqr()?.sum_keepdim(2)?.sqrt()?.maximum(1e-12)?)
 }

@@ -101,7 +101,7 @@ fn one(
         let prompt = make.prompt(sample, size);
         let smaller = match &prompt {
             _ if size > step => size - step,
-            // The decrement went below the smallest size. The original repeats this without end.
+            // The decrement went below the smallest size. The original repeats this forever.
             None => step,
             Some(_) => size,
         };
