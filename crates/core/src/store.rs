@@ -149,7 +149,7 @@ pub trait KvStore: Send {
 
     /// Retains the selected entries of several sequences. Returns for each whether there was room:
     /// if forks share blocks, a pool of fixed capacity may have no room for copies of the changed
-    /// ones, and the sequence keeps all entries.
+    /// ones, and the sequence keeps all entries. A sequence that is listed twice retains in turn.
     ///
     /// The default implementation calls [`retain`](KvStore::retain) for each sequence. Stores on a
     /// device override it to launch kernels once.

@@ -469,6 +469,31 @@ fn selections_on_the_device_are_those_of_the_host() {
     assert!(pair.other.read(0, 0).is_ok());
 }
 
+#[test]
+fn a_sequence_that_is_listed_twice_retains_in_turn() {
+    let shape = AttentionShape::new(4, 2, 64).unwrap();
+    let devices = [Device::Cpu].into_iter().chain(Device::new_cuda(0));
+    for device in devices {
+        let mut store = DenseStore::new(shape, DType::F16).unwrap();
+        let rows: Vec<f32> = (0..200 * 2 * 64).map(|i| (i / (2 * 64)) as f32).collect();
+        let x = Tensor::from_vec(rows, (200, 2, 64), &device).unwrap();
+        store.append(&Batch::single(0, 200).unwrap(), &x, &x).unwrap();
+        let keep = |entries| (0, Selection::uniform(2, entries));
+        let every_second = keep((0..200).step_by(2).collect());
+        let wild = keep(vec![0, 100]);
+        assert!(store.retain_each(&[every_second.clone(), wild]).is_err());
+        assert_eq!(store.lens(0), [100; 2]);
+        let done = store.retain_each(&[keep((50..100).collect()), keep(vec![0, 49])]).unwrap();
+        assert_eq!((done, store.lens(0)), (vec![true; 2], vec![2; 2]));
+        let keys = store.read(0, 1).unwrap().0.to_vec2::<f32>().unwrap();
+        assert_eq!([keys[0][0], keys[1][0]], [100.0, 198.0]);
+        // No block is released twice.
+        assert!(store.remove(0));
+        store.append(&Batch::new(&[(1, 100), (2, 100)]).unwrap(), &x, &x).unwrap();
+        assert_eq!(store.read(2, 0).unwrap().0.to_vec2::<f32>().unwrap()[99][0], 199.0);
+    }
+}
+
 /// A sequence of which each step evicts one entry of each head.
 struct Evicting {
     seq: SeqId,

@@ -318,7 +318,7 @@ impl KvStore for DenseStore {
 
     fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<Vec<bool>> {
         #[cfg(feature = "cuda")]
-        if matches!(self.storage, Storage::Cuda(_)) {
+        if matches!(self.storage, Storage::Cuda(_)) && are_distinct(keep) {
             for (seq, keep) in keep {
                 self.check_known(*seq)?;
                 keep.check_unread(&self.lens(*seq))?;
@@ -420,6 +420,15 @@ impl KvStore for DenseStore {
     fn clear(&mut self) {
         on_pool!(&mut self.storage, pool => pool.clear(), seqs => seqs.clear());
     }
+}
+
+/// Returns whether no sequence is listed twice. The second selection of a sequence is one of the
+/// entries that the first one leaves.
+#[cfg(feature = "cuda")]
+fn are_distinct(keep: &[(SeqId, Selection)]) -> bool {
+    let mut seqs: Vec<_> = keep.iter().map(|(seq, _)| *seq).collect();
+    seqs.sort_unstable();
+    seqs.windows(2).all(|pair| pair[0] != pair[1])
 }
 
 /// Returns the lists of each sequence's selection of tokens of the call.

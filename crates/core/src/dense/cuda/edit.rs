@@ -24,9 +24,10 @@ impl CudaPool {
         self.retain_each(&[(seq, keep.clone())])
     }
 
-    /// Keeps the selected entries of each sequence; the selections have been checked. Blocks before
-    /// the first entry that is dropped stay unchanged; later entries move forward. If a selection is
-    /// on the device, all its entries count as moved. After an error nothing has changed.
+    /// Keeps the selected entries of each sequence. The selections have been checked, and the
+    /// sequences are distinct. Blocks before the first entry that is dropped stay unchanged; later
+    /// entries move forward. If a selection is on the device, all its entries count as moved. After
+    /// an error nothing has changed.
     pub fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<()> {
         let moves = self.plan_moves(keep)?;
         if let Err(error) = self.move_heads(keep, &moves) {
