@@ -76,6 +76,8 @@ impl Session {
         logits: Logits,
         read: impl FnOnce(Tensor) -> T,
     ) -> Result<T> {
+        #[cfg(feature = "cuda")]
+        self.poison_after_panic();
         self.check(batch, ids)?;
         let out = self.run(batch, ids, logits, read);
         match &out {
@@ -146,6 +148,21 @@ impl Session {
         }
         let known = batch.seqs().iter().filter(|seq| self.sequences.contains_key(seq));
         known.copied().try_for_each(|seq| self.checked(seq).map(drop))
+    }
+
+    /// Poisons the sequences of a replayed step that a panic has ended: the layers have counted
+    /// tokens that the session has not.
+    #[cfg(feature = "cuda")]
+    fn poison_after_panic(&mut self) {
+        if !self.graphs.as_mut().is_some_and(DecodeGraphs::take_incomplete) {
+            return;
+        }
+        for (&seq, sequence) in &mut self.sequences {
+            if self.caches.iter().any(|cache| cache.seen(seq) != sequence.seen) {
+                let reason = || "a panic ended a step; a layer may lack an entry".into();
+                sequence.poisoned.get_or_insert_with(reason);
+            }
+        }
     }
 
     /// Rolls all layers back to the tokens before a failed call.

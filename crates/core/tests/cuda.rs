@@ -361,7 +361,37 @@ fn a_prepared_step_that_fails_is_incomplete() {
         Err(Error::Unsupported("a test".into()))
     };
     assert!(graphs.step(&batch, &[7], &mut caches, &[], fails, |_| ()).is_err());
+    // The caller has to know of it before the next step.
+    let refused = graphs.step(&batch, &[7], &mut caches, &[], &mut attends, |_| ()).unwrap_err();
+    assert!(refused.to_string().starts_with("last decode step"), "{refused}");
     assert!(graphs.take_incomplete() && !graphs.take_incomplete());
+    caches[0].truncate(0, 6).unwrap();
+    assert!(graphs.step(&batch, &[7], &mut caches, &[], &mut attends, |_| ()).is_ok());
+}
+
+/// A prepared step has one token of each sequence.
+#[test]
+fn steps_of_several_tokens_are_not_prepared() {
+    let Ok(device) = Device::new_cuda(0) else {
+        println!("skipped: no CUDA device");
+        return;
+    };
+    let spec = LayerSpec::new(AttentionShape::new(4, 2, 64).unwrap());
+    let cache = DenseCache::new(spec, DType::F16).unwrap();
+    let mut caches: Vec<Box<dyn KvCache>> = vec![Box::new(cache)];
+    let mut graphs = DecodeGraphs::new(&device, 8).unwrap();
+    let mut attends = |caches: &mut [Box<dyn KvCache>], batch: &Batch, _: &Tensor| {
+        assert!(batch.prepared().is_none());
+        let x = |heads| random(batch.tokens(), heads, 64, DType::F16).to_device(&device).unwrap();
+        caches[0].attend(&Step { batch, q: &x(4), k: &x(2), v: &x(2) })
+    };
+    let batch = Batch::single(0, 5).unwrap();
+    for _ in 0..3 {
+        graphs.step(&batch, &[7; 5], &mut caches, &[], &mut attends, |_| ()).unwrap();
+    }
+    let error = graphs.step(&batch, &[7], &mut caches, &[], &mut attends, |_| ()).unwrap_err();
+    assert!(error.to_string().starts_with("token ids of a decode step: expected 5, got 1"));
+    assert!(caches[0].held(0) == 15 && !graphs.take_incomplete());
 }
 
 /// Copies of shared blocks would take the room that the token needs.

@@ -233,8 +233,28 @@ impl Session {
         Ok(Tensor::from_vec(numbers, ((), vocab), &Device::Cpu)?)
     }
 
+    /// Poisons the sequences of a replayed step that a panic has ended: the layers have counted
+    /// tokens that the session has not.
+    #[cfg(feature = "cuda")]
+    fn poison_after_panic(&mut self) {
+        if !self.graphs.as_mut().is_some_and(|graphs| graphs.take_incomplete()) {
+            return;
+        }
+        for (&seq, sequence) in &mut self.sequences {
+            if self.caches.iter().any(|cache| cache.seen(seq) != sequence.seen) {
+                let reason = || "a panic ended a step; a layer may lack an entry".into();
+                sequence.poisoned.get_or_insert_with(reason);
+            }
+        }
+    }
+
     /// Truncates the caches that have advanced to their lengths before a failed call.
     fn roll_back(&mut self, batch: &Batch, error: &Error) {
+        // Sequences on a device are poisoned, whether the step was incomplete or not.
+        #[cfg(feature = "cuda")]
+        if let Some(graphs) = &mut self.graphs {
+            graphs.take_incomplete();
+        }
         for &seq in batch.seqs() {
             let Some(sequence) = self.sequences.get_mut(&seq) else {
                 self.states.remove(seq);
@@ -252,6 +272,8 @@ impl Session {
 
 impl CausalLm for Session {
     fn forward(&mut self, batch: &Batch, ids: &[u32], logits: Logits) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        self.poison_after_panic();
         self.check(batch, ids)?;
         let out = match self.model.weights.clone() {
             Weights::Host(model) => self.forward_on_host(&model, batch, ids, logits),

@@ -113,7 +113,7 @@ impl DecodeGraphs {
 
     /// Returns whether the last step failed after the caches had counted its tokens, and forgets
     /// it. Entries of its sequences may be missing then, so the caller must remove or poison them;
-    /// truncating them does not suffice.
+    /// truncating them does not suffice. Until this call all steps are refused.
     pub fn take_incomplete(&mut self) -> bool {
         std::mem::take(&mut self.incomplete)
     }
@@ -135,12 +135,15 @@ impl DecodeGraphs {
     /// starts to [choose tokens](crate::Greedy::start), the host can wait for them while the device
     /// evicts. A panic in `read` leaves the step [incomplete](Self::take_incomplete).
     ///
-    /// The step runs as usual if it has too many sequences, if a cache has no [prepared
-    /// steps](KvCache::prepared_decode) or no memory, or if `forward` cannot be captured.
+    /// The step runs as usual if it has too many sequences, or several tokens of a sequence, if a
+    /// cache has no [prepared steps](KvCache::prepared_decode) or no memory, or if `forward` cannot
+    /// be captured.
     ///
     /// # Errors
-    /// Those of `forward` and of the caches. Some of the caches may have advanced then; see
-    /// [`take_incomplete`](Self::take_incomplete).
+    /// [`Error::Mismatch`] unless there is an id for each token, and after an incomplete step, as long
+    /// as [`take_incomplete`](Self::take_incomplete) has not been called: nothing has changed then.
+    /// Those of `forward` and of the caches: some of the caches may have advanced then, which
+    /// `take_incomplete` tells.
     pub fn step<T>(
         &mut self,
         batch: &Batch,
@@ -150,10 +153,17 @@ impl DecodeGraphs {
         forward: &mut Forward<'_>,
         read: impl FnOnce(Tensor) -> T,
     ) -> Result<T> {
+        if ids.len() != batch.tokens() {
+            return Err(Error::mismatch("token ids of a decode step", batch.tokens(), ids.len()));
+        }
+        if self.incomplete {
+            let expected = "a complete one, or `take_incomplete` after it";
+            return Err(Error::mismatch("last decode step", expected, "an incomplete one"));
+        }
         self.wait()?;
         let seqs = batch.seqs().len();
         let refused = self.graphs.get(&seqs).is_some_and(|of| matches!(of.state, State::Refused));
-        let layers = match seqs > self.max_seqs || refused {
+        let layers = match seqs > self.max_seqs || batch.max_seqlen() > 1 || refused {
             true => None,
             false => caches.iter_mut().map(|cache| prepares(cache, batch)).collect(),
         };
@@ -322,11 +332,13 @@ fn capture(
     }
 }
 
-/// Makes room for `bytes` bytes, and half as many more, so that the address changes rarely.
+/// Makes room for `bytes` bytes, and half as many more if the device has them, so that the address
+/// changes rarely.
 fn reserve(memory: &mut CudaSlice<u8>, bytes: usize, stream: &Arc<CudaStream>) -> Result<()> {
     if bytes > memory.len() {
         // SAFETY: lists are copied before they are read; kernels write the workspace first.
-        *memory = unsafe { stream.alloc(bytes + bytes / 2) }?;
+        let alloc = |bytes| unsafe { stream.alloc(bytes) };
+        *memory = alloc(bytes + bytes / 2).or_else(|_| alloc(bytes))?;
     }
     Ok(())
 }
