@@ -462,6 +462,17 @@ fn selections_on_the_device_are_those_of_the_host() {
             assert_eq!((relative(&dk, &k), relative(&dv, &v)), (0.0, 0.0));
         }
     }
+    // Indices on another device are refused before anything changes.
+    let lens = pair.other.lens(0);
+    let elsewhere = Tensor::new(vec![vec![0u32, 1]; 2], &Device::Cpu).unwrap();
+    let elsewhere = Selection::on_device(&elsewhere).unwrap();
+    let error = pair.other.retain(0, &elsewhere).unwrap_err();
+    assert!(error.to_string().contains("one on the store's device"), "{error}");
+    let x = random(2, 2, 64, DType::F16).to_device(&device).unwrap();
+    let batch = Batch::single(0, 2).unwrap();
+    let error = pair.other.append_selected(&batch, &x, &x, &[elsewhere]).unwrap_err();
+    assert!(error.to_string().contains("one on the store's device"), "{error}");
+    assert_eq!(pair.other.lens(0), lens);
     // Indices past a head's end are not read.
     let wild = Tensor::new(vec![vec![0u32, u32::MAX]; 2], &device).unwrap();
     pair.other.retain(0, &Selection::on_device(&wild).unwrap()).unwrap();

@@ -16,7 +16,7 @@ mod tables;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use crate::{AttentionShape, Batch, Error, Footprint, Result, SeqId};
+use crate::{AttentionShape, Batch, Error, Footprint, Result, Selection, SeqId};
 use blocks::Blocks;
 use candle_core::backend::BackendDevice;
 use candle_core::{CudaDevice, DType, Device, Tensor};
@@ -110,6 +110,11 @@ impl CudaPool {
         }
         let got = format!("one on {:?}", x.device().location());
         Err(Error::mismatch("tensor", "one on the store's device", got))
+    }
+
+    /// Checks that indices that are on a device are on this one.
+    fn check_selection(&self, selection: &Selection) -> Result<()> {
+        selection.entries().map_or(Ok(()), |entries| self.check_device(entries))
     }
 
     /// Returns `x` `[tokens, heads, channels]` in the store's dtype with contiguous rows: a view

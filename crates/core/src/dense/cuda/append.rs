@@ -37,6 +37,7 @@ impl CudaPool {
         v: &Tensor,
         tokens: &[Selection],
     ) -> Result<()> {
+        tokens.iter().try_for_each(|selection| self.check_selection(selection))?;
         let (k, v) = (self.fit_rows(k)?, self.fit_rows(v)?);
         self.append_tokens(batch, (&k, &v), Some(tokens))
     }

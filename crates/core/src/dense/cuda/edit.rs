@@ -29,6 +29,7 @@ impl CudaPool {
     /// entries move forward. If a selection is on the device, all its entries count as moved. After
     /// an error nothing has changed.
     pub fn retain_each(&mut self, keep: &[(SeqId, Selection)]) -> Result<()> {
+        keep.iter().try_for_each(|(_, selection)| self.check_selection(selection))?;
         let moves = self.plan_moves(keep)?;
         if let Err(error) = self.move_heads(keep, &moves) {
             moves.iter().flat_map(|of| &of.taken).for_each(|&block| self.blocks.release(block));
