@@ -53,9 +53,10 @@ impl HeadLens {
         Packed { keys, values, tiles: tiles.max(values.div_ceil(crate::cuda::TILE)) }
     }
 
-    /// Returns the number of records that the head takes for `more` tokens.
+    /// Returns the number of records that the head takes for `more` tokens. A head of a poisoned
+    /// sequence may have taken more records than it has packed.
     pub fn need(self, format: Format, group: usize, more: usize) -> usize {
-        self.after(more).goal(format).keys / group - self.records
+        (self.after(more).goal(format).keys / group).saturating_sub(self.records)
     }
 
     /// Returns the number of slots that are read from the ring.
@@ -122,5 +123,18 @@ impl CudaPool {
         };
         let mut all = batch.seqs().iter().zip(lens.chunks(self.shape.kv_heads));
         all.all(|(seq, lens)| self.seqs.get(seq).is_some_and(|of| same(of, lens)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Bits;
+
+    #[test]
+    fn a_head_with_unused_records_needs_none() {
+        let format = Format::kivi(Bits::Four, Bits::Four, 32, 32).unwrap();
+        let lens = HeadLens { records: 2, ..HeadLens::default() };
+        assert_eq!([0, 1, 32].map(|more| lens.need(format, 32, more)), [0; 3]);
     }
 }
