@@ -20,6 +20,9 @@ pub struct Blocks {
     /// Block addresses by number. All are multiples of the block size, so prefill can derive block
     /// numbers from them.
     addresses: Vec<u64>,
+    /// The lowest and the highest of them; 0 without blocks.
+    lowest: u64,
+    highest: u64,
     references: Vec<u32>,
     /// Blocks with more than one reference.
     shared: usize,
@@ -30,7 +33,8 @@ impl Blocks {
     pub fn new(stream: Arc<CudaStream>, size: usize, capacity: usize) -> Self {
         let (slabs, addresses) = (Vec::new(), Vec::new());
         let (references, free) = (Vec::new(), Vec::new());
-        Self { stream, size, capacity, slabs, addresses, references, shared: 0, free }
+        let (lowest, highest, shared) = (0, 0, 0);
+        Self { stream, size, capacity, slabs, addresses, lowest, highest, references, shared, free }
     }
 
     /// Checks that `needed` blocks are free or can be allocated.
@@ -69,7 +73,10 @@ impl Blocks {
         let slab = unsafe { self.stream.alloc::<u8>(bytes) }?;
         let start = slab.device_ptr(&self.stream).0.next_multiple_of(self.size as u64);
         let first = self.addresses.len() as u32;
-        self.addresses.extend((0..blocks as u64).map(|i| start + i * self.size as u64));
+        let last = start + (blocks as u64 - 1) * self.size as u64;
+        self.lowest = if first == 0 { start } else { self.lowest.min(start) };
+        self.highest = self.highest.max(last);
+        self.addresses.extend((start..=last).step_by(self.size));
         self.references.resize(self.addresses.len(), 0);
         self.free.extend((first..first + blocks as u32).rev());
         self.slabs.push(slab);
@@ -116,9 +123,7 @@ impl Blocks {
     /// Returns the lowest block address and the number of blocks from it to the end of the highest
     /// block.
     pub fn extent(&self) -> (u64, usize) {
-        let first = self.addresses.iter().copied().min().unwrap_or(0);
-        let last = self.addresses.iter().copied().max().unwrap_or(0);
-        (first, (last - first) as usize / self.size + 1)
+        (self.lowest, (self.highest - self.lowest) as usize / self.size + 1)
     }
 
     /// Returns the bytes of a block.
