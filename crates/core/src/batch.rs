@@ -226,6 +226,17 @@ impl Batch {
         self.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0)
     }
 
+    /// Checks that the batch has one token of each sequence, as a decode step has.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] naming the largest number of tokens.
+    pub fn check_decode(&self) -> Result<()> {
+        match self.max_seqlen() {
+            1 => Ok(()),
+            tokens => Err(Error::mismatch("tokens of a sequence of a decode step", 1, tokens)),
+        }
+    }
+
     /// Checks the token ids of a batch: one per token, each below `vocab_size`.
     ///
     /// # Errors
@@ -267,6 +278,13 @@ mod tests {
             let error = Batch::new(seqs).unwrap_err().to_string();
             assert!(error.starts_with("tokens of a batch: expected at most 4294967295"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_decode_step_has_one_token_of_each_sequence() {
+        assert!(Batch::decode(&[3, 5]).unwrap().check_decode().is_ok());
+        let error = Batch::new(&[(3, 1), (5, 2)]).unwrap().check_decode().unwrap_err().to_string();
+        assert_eq!(error, "tokens of a sequence of a decode step: expected 1, got 2");
     }
 
     #[test]

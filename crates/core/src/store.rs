@@ -77,7 +77,8 @@ pub trait KvStore: Send {
     ///
     /// # Errors
     /// [`Error::Unsupported`] unless [`prepares_decode`](Self::prepares_decode);
-    /// [`Error::PoolFull`]; errors of the driver.
+    /// [`Error::Mismatch`] for several tokens of a sequence; [`Error::PoolFull`]; errors of the
+    /// driver.
     fn prepare_decode(&mut self, _: &Batch, _: &mut StepLists) -> Result<()> {
         Err(Error::Unsupported("a prepared decode step of this store".into()))
     }

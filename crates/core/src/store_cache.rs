@@ -207,9 +207,11 @@ impl<S: KvStore, C: CacheStrategy<S>> KvCache for StoreCache<S, C> {
         }
     }
 
-    fn prepared_decode(&mut self, _: &Batch) -> Option<&mut dyn PreparedDecode> {
-        (self.spec.rotates_on_cuda() && self.strategy.prepares_decode(&self.spec, &self.store))
-            .then_some(self)
+    fn prepared_decode(&mut self, batch: &Batch) -> Option<&mut dyn PreparedDecode> {
+        let prepares = batch.check_decode().is_ok()
+            && self.spec.rotates_on_cuda()
+            && self.strategy.prepares_decode(&self.spec, &self.store);
+        prepares.then_some(self)
     }
 
     fn needs_lse(&self) -> bool {

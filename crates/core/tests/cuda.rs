@@ -392,6 +392,8 @@ fn steps_of_several_tokens_are_not_prepared() {
     let error = graphs.step(&batch, &[7], &mut caches, &[], &mut attends, |_| ()).unwrap_err();
     assert!(error.to_string().starts_with("token ids of a decode step: expected 5, got 1"));
     assert!(caches[0].held(0) == 15 && !graphs.take_incomplete());
+    assert!(caches[0].prepared_decode(&batch).is_none());
+    assert!(caches[0].prepared_decode(&Batch::decode(&[0]).unwrap()).is_some());
 }
 
 /// Copies of shared blocks would take the room that the token needs.

@@ -391,7 +391,8 @@ impl KvCache for QuantCache {
     fn prepared_decode(&mut self, batch: &Batch) -> Option<&mut dyn PreparedDecode> {
         let sinks =
             self.sink_tokens == 0 || (self.sinks.prepares_attend() && self.holds_sinks(batch));
-        let prepares = self.spec.rotates_on_cuda()
+        let prepares = batch.check_decode().is_ok()
+            && self.spec.rotates_on_cuda()
             && self.check_all(batch).is_ok()
             && self.order == Order::AttendFirst
             && sinks

@@ -52,6 +52,7 @@ impl CudaPool {
     /// Takes memory for a token of each sequence, and adds the lists of its append and of causal
     /// attention after it. All sequences exist.
     pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        batch.check_decode()?;
         // The plan, after the tokens have been counted, cannot fail if this does not.
         self.sizes(batch)?;
         let step = self.step(batch)?;
@@ -76,6 +77,7 @@ impl CudaPool {
     /// Adds the lists of attention of one query per sequence over all its entries. All sequences
     /// exist.
     pub fn prepare_attend(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        batch.check_decode()?;
         let tables = self.head_tables(&self.seq_tables(batch));
         let tables = lists.push(bytes_of(&tables), size_of_val(&tables[..]));
         let heads = batch.seqs().len() * self.shape.kv_heads;

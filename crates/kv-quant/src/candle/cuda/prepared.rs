@@ -44,6 +44,7 @@ impl CudaPool {
     /// attention, and of packing after it. All sequences exist. After an error nothing has changed,
     /// or the batch's sequences are poisoned.
     pub fn prepare_decode(&mut self, batch: &Batch, lists: &mut StepLists) -> Result<()> {
+        batch.check_decode()?;
         self.check_all(batch)?;
         let (step, _) = self.begin(batch, &Tokens::All)?;
         match self.prepare_lists(batch, &step, lists) {
