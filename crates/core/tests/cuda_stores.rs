@@ -674,7 +674,8 @@ fn kept_entries_are_written_to_memory_that_fits_only() {
     let x = random(70, 2, 64, DType::F16).to_device(&device).unwrap();
     store.append(&Batch::single(0, 70).unwrap(), &x, &x).unwrap();
     let q = random(1, 4, 64, DType::F16).to_device(&device).unwrap();
-    let zeros = |dims, dtype, device: &Device| Tensor::zeros(dims, dtype, device).unwrap();
+    let zeros =
+        |dims: (usize, usize), dtype, device: &Device| Tensor::zeros(dims, dtype, device).unwrap();
     // Of another dtype, with strides, on another device.
     for (i, wrong) in [
         zeros((2, 69), DType::F32, &device),

@@ -163,7 +163,7 @@ impl CudaPool {
     fn kept_entries(&self, of: &EvictOne, count: usize) -> Result<KeptEntries> {
         let dims = (self.shape.kv_heads, count);
         let device = Device::Cuda(self.device.clone());
-        let is = |x: &Tensor, dtype| {
+        let is = |x: &Tensor, dtype: DType| {
             let here = x.is_contiguous() && x.device().same_device(&device);
             x.dims() == [dims.0, dims.1] && x.dtype() == dtype && here
         };
