@@ -21,7 +21,7 @@ use blocks::Blocks;
 use candle_core::backend::BackendDevice;
 use candle_core::{CudaDevice, DType, Device, Tensor};
 use longctx_cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use longctx_kernels::{Half, PAGE, paged};
+use longctx_kernels::{Half, PAGE};
 use prepared::Prepared;
 use tables::LastTables;
 
