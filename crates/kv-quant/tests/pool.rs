@@ -301,7 +301,7 @@ fn a_request_of_any_length_can_be_asked_for() {
                 let error = pool.append::<f32>(&[1], &[0, tokens], &[], &[]).unwrap_err();
                 assert!(matches!(error, Error::Mismatch { what: "keys", .. }), "{error}");
             }
-            assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+            assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
         }
     }
 }
