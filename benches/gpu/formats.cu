@@ -1,7 +1,7 @@
 // Compares the kernels of kv-quant's formats with a scale per token (fp8, rotated integers,
 // TurboQuant) and of KVarN with plain ones, and times them.
 //
-//     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels benches/gpu/formats.cu"
+//     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/cuda/include -I crates/kv-quant/kernels benches/gpu/formats.cu"
 //     $compile -DHEAD_DIM=128 -o check && ./check check
 //     $compile -DTIMES -o times && ./times time ordered
 //     $compile -DHEAD_DIM=128 -DPACKING -o packing && ./packing check && ./packing time ordered

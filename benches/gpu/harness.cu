@@ -1,6 +1,6 @@
 // Compares the kernels of kv-quant with plain ones, and times them. Needs only CUDA.
 //
-//     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kv-quant/kernels benches/gpu/harness.cu"
+//     compile="nvcc -O3 -std=c++17 -arch=sm_90 -I crates/cuda/include -I crates/kv-quant/kernels benches/gpu/harness.cu"
 //     $compile -DHEAD_DIM=128 -o check && ./check check
 //     $compile -DTIMES -o times && ./times time
 //     $compile -DHEAD_DIM=128 -DPACKING -o packing && ./packing check && ./packing time ordered

@@ -1,7 +1,7 @@
 // Compares the kernels over dense blocks with plain ones in f64, and times decode attention. Needs
 // only CUDA.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/kernels -o paged benches/gpu/paged.cu
+//     nvcc -O3 -std=c++17 -arch=sm_90 -I crates/cuda/include -I crates/kernels -o paged benches/gpu/paged.cu
 //     ./paged check && ./paged time
 //
 // `small` instead of `check` runs few shapes, for compute-sanitizer. Blocks are in random order.

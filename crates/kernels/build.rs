@@ -13,6 +13,7 @@ fn main() {
         "rms_norm",
         "rope",
         "silu_mul",
+        "skinny_gemm",
         "top",
     ]);
 }

@@ -28,6 +28,8 @@ struct Inner {
     dtype: DType,
     embedding: Weight,
     layers: Vec<Layer>,
+    /// The part after each layer's attention, for few tokens.
+    after_attention: Vec<Option<PostAttention>>,
     norm: Tensor,
     /// `None` if the embedding matrix is the output head.
     head: Option<Weight>,
@@ -68,13 +70,22 @@ impl Transformer {
             true => None,
             false => Some(w.matrix(&weight(names.head), vocab, hidden)?),
         };
-        let layers =
+        let layers: Vec<_> =
             (0..config.layers).map(|i| Layer::load(&config, i, w)).collect::<Result<_>>()?;
         let norm = layer::norm(&config, w, names.norm, hidden)?;
+        let of_head = head.as_ref().unwrap_or(&embedding).dense();
+        let of_head = of_head.map(|weight| Projection { norm: &norm, weight });
+        let nexts = layers.iter().skip(1).map(Layer::projection).chain([of_head]);
+        let after_attention = layers.iter().zip(nexts).map(|(layer, next)| match next {
+            Some(next) => layer.post_attention(next),
+            None => Ok(None),
+        });
+        let after_attention = after_attention.collect::<Result<_>>()?;
         let ropes = ropes(&config, w.rope_factors()?.as_deref())?;
         w.finish()?;
         let (device, dtype) = (options.device.clone(), options.dtype);
-        let inner = Inner { config, device, dtype, embedding, layers, norm, head, ropes };
+        let inner =
+            Inner { config, device, dtype, embedding, layers, after_attention, norm, head, ropes };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -158,13 +169,10 @@ impl Transformer {
         let few = batch.tokens() <= PostAttention::MAX_TOKENS;
         let head = head.as_ref().unwrap_or(embedding);
         for (index, (layer, cache)) in layers.iter().zip(caches).enumerate() {
-            let next = match layers.get(index + 1) {
-                _ if !few => None,
-                Some(next) => next.projection(),
-                None if selected => None,
-                None => head.dense().map(|weight| Projection { norm, weight }),
-            };
-            input = layer.forward(input, next, cache.as_mut(), batch)?;
+            // The logits of selected tokens only are computed below.
+            let wanted = few && !(selected && index + 1 == layers.len());
+            let after = self.inner.after_attention[index].as_ref().filter(|_| wanted);
+            input = layer.forward(input, after, cache.as_mut(), batch)?;
         }
         let x = match input {
             LayerInput::Projected(_, logits) => logits,

@@ -7,7 +7,9 @@ use crate::linear::{FusedLinear, Linear};
 use crate::weights::Weights;
 use candle_core::Tensor;
 use candle_nn::ops::rms_norm;
-use longctx_core::{AttentionShape, Batch, KvCache, PostAttention, Result, Step, add_rms_norm};
+use longctx_core::{
+    AttentionShape, Batch, KvCache, PostAttention, PostAttentionWeights, Result, Step, add_rms_norm,
+};
 
 /// The attention and the feed-forward block, with their norms.
 #[derive(Debug)]
@@ -84,12 +86,12 @@ impl Layer {
         })
     }
 
-    /// Runs the layer on the tokens of all sequences of the batch. `next`: the projection after the
-    /// layer, which is computed too if [`PostAttention`] covers the layer.
+    /// Runs the layer on the tokens of all sequences of the batch. `after`: the part after attention,
+    /// with the projection after the layer, if the batch has few tokens.
     pub fn forward(
         &self,
         input: LayerInput,
-        next: Option<Projection<'_>>,
+        after: Option<&PostAttention>,
         cache: &mut dyn KvCache,
         batch: &Batch,
     ) -> Result<LayerInput> {
@@ -98,8 +100,8 @@ impl Layer {
                 let (x, [q, k, v]) = heads.project(self, input)?;
                 let y = cache.attend(&Step { batch, q: &q, k: &k, v: &v })?;
                 let y = y.reshape((batch.tokens(), self.shape.heads * self.shape.value_dim))?;
-                if let Some(weights) = next.and_then(|next| self.post_attention(heads, next)) {
-                    let (x, projected) = weights.forward(&y, &x)?;
+                if let Some(after) = after {
+                    let (x, projected) = after.forward(&y, &x)?;
                     return Ok(LayerInput::Projected(x, projected));
                 }
                 (x, heads.out.forward(&y)?)
@@ -122,26 +124,30 @@ impl Layer {
         Some(Projection { norm, weight: heads.qkv.single()?.weight().dense()? })
     }
 
-    /// Returns the weights from the output projection to `next`; `None` if the layer has others, or
-    /// other operations.
-    fn post_attention<'a>(
-        &'a self,
-        heads: &'a Attention,
-        next: Projection<'a>,
-    ) -> Option<PostAttention<'a>> {
+    /// Returns the part from the output projection to `next`; `None` if the layer has other weights or
+    /// operations.
+    ///
+    /// # Errors
+    /// Those of [`PostAttention::new`].
+    pub fn post_attention(&self, next: Projection<'_>) -> Result<Option<PostAttention>> {
+        self.post_attention_weights(next).map(PostAttention::new).transpose()
+    }
+
+    fn post_attention_weights(&self, next: Projection<'_>) -> Option<PostAttentionWeights> {
+        let AnyAttention::Heads(heads) = &self.attention else { return None };
         let FeedForward::GatedMlp(block) = &self.feed_forward else { return None };
         let post_norms = [&self.attention_norms.after, &self.feed_forward_norms.after];
         let plain = self.residual_scale == 1.0 && block.activation == Activation::Silu;
         if !plain || post_norms.into_iter().any(Option::is_some) {
             return None;
         }
-        Some(PostAttention {
-            output: heads.out.unbiased()?,
-            norm: self.feed_forward_norms.before.as_ref()?,
-            gate_up: block.gate_up.single()?.unbiased()?,
-            down: block.down.unbiased()?,
-            next_norm: next.norm,
-            next: next.weight,
+        Some(PostAttentionWeights {
+            output: heads.out.unbiased()?.clone(),
+            norm: self.feed_forward_norms.before.clone()?,
+            gate_up: block.gate_up.single()?.unbiased()?.clone(),
+            down: block.down.unbiased()?.clone(),
+            next_norm: next.norm.clone(),
+            next: next.weight.clone(),
             eps: self.eps,
         })
     }

@@ -3,6 +3,7 @@
 mod after_step;
 mod graphs;
 mod plan_memory;
+mod scratch;
 
 use std::sync::{Arc, OnceLock};
 
@@ -10,6 +11,8 @@ pub use after_step::after_step;
 pub(crate) use after_step::{AfterStep, evict_after_step};
 pub use graphs::{DecodeGraphs, Forward};
 pub use plan_memory::{PlanLaunch, PlanMemory};
+use scratch::Scratch;
+pub use scratch::empty;
 
 use crate::{Error, Result};
 use candle_core::cuda::cudarc::driver::DevicePtr;

@@ -67,7 +67,7 @@ fn on_cpu(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
-    use crate::cuda::{address, half_of};
+    use crate::cuda::{address, empty, half_of};
     use longctx_kernels::SiluMulArgs;
 
     let (Device::Cuda(device), Some(half)) = (gate.device(), half_of(gate)) else {
@@ -83,7 +83,7 @@ fn on_cuda(gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
         return Ok(None);
     }
     // SAFETY: the kernel writes every element.
-    let out = unsafe { Tensor::empty((rows, columns), gate.dtype(), gate.device()) }?;
+    let out = unsafe { empty((rows, columns), gate.dtype(), gate.device()) }?;
     let args = SiluMulArgs {
         gate: address(gate)?,
         up: address(up)?,

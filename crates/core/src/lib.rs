@@ -50,7 +50,7 @@ pub use layer_caches::LayerCaches;
 pub use linear::linear;
 pub use lm::{CausalLm, Logits};
 pub use norm::add_rms_norm;
-pub use post_attention::PostAttention;
+pub use post_attention::{PostAttention, PostAttentionWeights};
 pub use rope::{Rope, RopeScaling};
 pub use seen::SeenTokens;
 pub use selection::{Selection, check_selections};

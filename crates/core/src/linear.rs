@@ -5,8 +5,9 @@ use candle_core::Tensor;
 
 /// Returns `x wᵀ` of activations `[rows, inner]` and a weight matrix `[out, inner]`.
 ///
-/// Up to four rows of f16 or bf16 on CUDA (a decode step) use a matrix-vector kernel that is
-/// limited by the bandwidth of reading `w`. All other products are candle's.
+/// The few rows of a decode step in f16 or bf16 on CUDA use kernels that are limited by the bandwidth
+/// of reading `w`: up to 32 rows on compute capability 9.0, up to four on others. All other products
+/// are candle's.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -36,29 +37,40 @@ pub fn linear(x: &Tensor, w: &Tensor) -> Result<Tensor> {
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 fn on_cuda(x: &Tensor, w: &Tensor) -> Result<Option<Tensor>> {
-    use crate::cuda::{address, fits_kernel, half_of};
+    use crate::cuda::{address, empty, fits_kernel, half_of};
     use candle_core::Device;
-    use longctx_kernels::{MAX_ROWS, MatVecArgs, matvec};
+    use longctx_kernels::{
+        MAX_ROWS, MAX_SKINNY_ROWS, MatVecArgs, SkinnyGemmArgs, has_skinny_gemm, matvec, skinny_gemm,
+    };
 
     let (Device::Cuda(device), Some(half)) = (x.device(), half_of(x)) else { return Ok(None) };
     let ((rows, inner), out) = (x.dims2()?, w.dim(0)?);
     let fits = |of: &Tensor| fits_kernel(of, half, x.device());
-    if !(1..=MAX_ROWS).contains(&rows) || !inner.is_multiple_of(8) || !fits(x) || !fits(w) {
+    let stream = device.cuda_stream();
+    let skinny = has_skinny_gemm(stream.context())?;
+    let most = if skinny { MAX_SKINNY_ROWS } else { MAX_ROWS };
+    let sizes = (1..=most).contains(&rows) && inner.is_multiple_of(8) && inner * out > 0;
+    if !sizes || !fits(x) || !fits(w) {
         return Ok(None);
     }
-    // SAFETY: the kernel writes every element.
-    let y = unsafe { Tensor::empty((rows, out), x.dtype(), x.device()) }?;
-    let args = MatVecArgs {
-        w: address(w)?,
-        x: address(x)?,
-        y: address(&y)?,
-        inner: inner as i32,
-        out: out as i32,
-        rows: rows as i32,
-        unused: 0,
-    };
-    // SAFETY: the tensors have the shapes in `args`, and the stream frees no memory before this
-    // launch has used it.
-    unsafe { matvec(&device.cuda_stream(), half, &args) }?;
+    // SAFETY: the kernels write every element.
+    let y = unsafe { empty((rows, out), x.dtype(), x.device()) }?;
+    let (w, x, to) = (address(w)?, address(x)?, address(&y)?);
+    // SAFETY: the tensors have the shapes in the arguments, and the stream frees no memory before
+    // this launch has used it.
+    unsafe {
+        match skinny {
+            true => {
+                let (gated, prefetch) = (false, false);
+                let args = SkinnyGemmArgs { w, x, y: to, inner, out, rows, gated, prefetch };
+                skinny_gemm(&stream, half, &args)?;
+            }
+            false => {
+                let (inner, out, rows) = (inner as i32, out as i32, rows as i32);
+                let args = MatVecArgs { w, x, y: to, inner, out, rows, unused: 0 };
+                matvec(&stream, half, &args)?;
+            }
+        }
+    }
     Ok(Some(y))
 }

@@ -60,7 +60,7 @@ fn on_cuda(
     weights: &Tensor,
     eps: f32,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    use crate::cuda::{address, fits_kernel, half_of};
+    use crate::cuda::{address, empty, fits_kernel, half_of};
     use candle_core::Device;
     use longctx_kernels::RmsNormArgs;
 
@@ -72,9 +72,9 @@ fn on_cuda(
         return Ok(None);
     }
     // SAFETY: the kernel writes every element of both.
-    let empty = || unsafe { Tensor::empty((rows, channels), x.dtype(), x.device()) };
-    let sum = if y.is_some() { empty()? } else { x.clone() };
-    let out = empty()?;
+    let new = || unsafe { empty((rows, channels), x.dtype(), x.device()) };
+    let sum = if y.is_some() { new()? } else { x.clone() };
+    let out = new()?;
     let args = RmsNormArgs {
         x: address(x)?,
         y: y.map_or(Ok(0), address)?,

@@ -13,8 +13,8 @@ use half::f16;
 use longctx_core::cuda::DecodeGraphs;
 use longctx_core::{
     AttentionShape, AttentionState, Batch, DenseCache, Error, Greedy, KvCache, LayerSpec, Mask,
-    PostAttention, Rope, RopeScaling, SeqId, Step, StepLists, add_rms_norm, attention, linear,
-    silu_mul,
+    PostAttention, PostAttentionWeights, Rope, RopeScaling, SeqId, Step, StepLists, add_rms_norm,
+    attention, linear, silu_mul,
 };
 use longctx_cuda::compute_capability;
 use longctx_kernels::{Half, PAGE, PostAttentionArgs, PrefillArgs, has_post_attention, prefill};
@@ -243,8 +243,8 @@ fn products_are_as_on_the_cpu() {
         println!("skipped: no CUDA device");
         return;
     };
-    for (out, inner) in [(1, 8), (1003, 1096), (9001, 512), (64, 13)] {
-        for rows in [1, 2, 3, 4, 5, 40] {
+    for (out, inner) in [(1, 8), (1003, 1096), (9001, 512), (300, 4104), (64, 13)] {
+        for rows in [1, 3, 4, 5, 9, 32, 33] {
             for (dtype, bound) in [(DType::F16, 1e-3), (DType::BF16, 6e-3), (DType::F32, 1e-4)] {
                 let x = random(rows, 1, inner, dtype).squeeze(1).unwrap();
                 let w = random(out, 1, inner, dtype).squeeze(1).unwrap();
@@ -259,17 +259,16 @@ fn products_are_as_on_the_cpu() {
     }
 }
 
-/// On devices without the kernel, both sides are separate launches.
+/// On devices without the kernels, both sides are the same launches.
 #[test]
-fn one_launch_between_attentions_equals_separate_ones() {
+fn the_part_between_attentions_equals_separate_calls() {
     let Ok(device) = Device::new_cuda(0) else {
         println!("skipped: no CUDA device");
         return;
     };
-    // Sizes of attention, the residual stream, the feed-forward block and the next projection. In
-    // the last case there is enough shared memory for one token only.
+    // Sizes of attention, the residual stream, the feed-forward block and the next projection.
     let cases =
-        [(64, 72, 200, 33), (2048, 1024, 3072, 4096), (576, 576, 1536, 960), (8, 8, 60_000, 8)];
+        [(64, 72, 200, 33), (1024, 2048, 5120, 1536), (576, 576, 1536, 960), (8, 8, 9000, 8)];
     for ((attention, hidden, inner, next), dtype) in
         cases.into_iter().flat_map(|sizes| [DType::F16, DType::BF16].map(|dtype| (sizes, dtype)))
     {
@@ -282,16 +281,17 @@ fn one_launch_between_attentions_equals_separate_ones() {
         let (output, gate_up, down) =
             (weight(hidden, attention), weight(2 * inner, hidden), weight(hidden, inner));
         let (norm, next_norm, next) = (norm(), norm(), weight(next, hidden));
-        let weights = PostAttention {
-            output: &output,
-            norm: &norm,
-            gate_up: &gate_up,
-            down: &down,
-            next_norm: &next_norm,
-            next: &next,
+        let weights = PostAttention::new(PostAttentionWeights {
+            output: output.clone(),
+            norm: norm.clone(),
+            gate_up: gate_up.clone(),
+            down: down.clone(),
+            next_norm: next_norm.clone(),
+            next: next.clone(),
             eps: 1e-5,
-        };
-        for tokens in 1..=5 {
+        })
+        .unwrap();
+        for tokens in [1, 2, 8, 9, 31, 33] {
             let (x, residual) = (make(tokens, attention, 1.0), make(tokens, hidden, 1.0));
             let (sum, y) = weights.forward(&x, &residual).unwrap();
             let projected = linear(&x, &output).unwrap();
@@ -301,19 +301,20 @@ fn one_launch_between_attentions_equals_separate_ones() {
             let gated = silu_mul(&gate, &both.narrow(1, inner, inner).unwrap()).unwrap();
             let block = linear(&gated, &down).unwrap();
             let (want, normed) = add_rms_norm(&middle, Some(&block), &next_norm, 1e-5).unwrap();
-            let numbers = |x: &Tensor| {
-                x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
-            };
             let what = format!("{tokens} tokens of {hidden}, {dtype:?}");
-            assert_eq!(numbers(&sum), numbers(&want), "{what}: the residual stream");
-            let want = linear(&normed, &next).unwrap();
-            assert_eq!(numbers(&y), numbers(&want), "{what}: the projection");
+            let projection = linear(&normed, &next).unwrap();
+            for (part, got, want) in [("residual", &sum, &want), ("projection", &y, &projection)] {
+                // One or two tokens may take one launch, which adds products in another order.
+                let bound = if tokens <= 2 { 1e-2 } else { 0.0 };
+                let error = relative(got, want);
+                assert!(error <= bound, "{what}, {part}: {error}");
+            }
         }
     }
 }
 
 #[test]
-fn devices_with_bulk_copies_have_the_kernel_between_attentions() {
+fn hopper_has_the_kernels_between_attentions() {
     let Ok(device) = Device::new_cuda(0) else {
         println!("skipped: no CUDA device");
         return;
@@ -328,10 +329,10 @@ fn devices_with_bulk_copies_have_the_kernel_between_attentions() {
         ..Default::default()
     };
     let has = |rows| has_post_attention(context, &PostAttentionArgs { rows, ..args }).unwrap();
-    let expected = compute_capability(context).unwrap() >= (9, 0);
-    assert_eq!([0, 1, 4, 5].map(has), [false, expected, expected, false]);
-    let wide = PostAttentionArgs { inner: 60_000, rows: 2, ..args };
-    assert!(!has_post_attention(context, &wide).unwrap());
+    let expected = compute_capability(context).unwrap() == (9, 0);
+    assert_eq!([0, 1, 32, 33].map(has), [false, expected, expected, false]);
+    let odd = PostAttentionArgs { hidden: 4100, rows: 2, ..args };
+    assert!(!has_post_attention(context, &odd).unwrap());
 }
 
 /// After a failed step the caches have counted tokens whose entries may be missing.

@@ -14,6 +14,9 @@ const TARGETS: [&str; 3] = [
 /// the same variable.
 const CAPABILITY: &str = "CUDA_COMPUTE_CAP";
 
+/// The folder of this crate's own headers.
+const INCLUDE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/include");
+
 fn targets() -> Vec<String> {
     println!("cargo:rerun-if-env-changed={CAPABILITY}");
     match std::env::var(CAPABILITY).as_deref() {
@@ -30,6 +33,7 @@ fn targets() -> Vec<String> {
 /// If nvcc is missing, or a kernel does not compile. The build fails with nvcc's message.
 pub fn compile(names: &[&str]) {
     println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rerun-if-changed={INCLUDE}");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let nvcc = cudaforge::CudaToolkit::detect().expect("feature `cuda` needs nvcc").nvcc_path;
     let targets = targets();
@@ -43,7 +47,7 @@ pub fn compile(names: &[&str]) {
 
 fn compile_one(nvcc: &Path, name: &str, targets: &[String], out: &Path) {
     let mut command = Command::new(nvcc);
-    command.args(["-O3", "-std=c++17", "-fatbin"]);
+    command.args(["-O3", "-std=c++17", "-fatbin", "-I", INCLUDE]);
     command.args(targets.iter().flat_map(|target| ["-gencode", target]));
     command.arg("-o").arg(out.join(name).with_extension("fatbin"));
     command.arg(Path::new("kernels").join(name).with_extension("cu"));

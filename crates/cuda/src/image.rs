@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::Kernel;
+use crate::{Kernel, compute_capability};
 use cudarc::driver::{CudaContext, CudaModule, DriverError};
 use cudarc::nvrtc::Ptx;
 
@@ -63,7 +63,9 @@ impl Image {
         if let Some(kernel) = kernels.get(name).filter(|kernel| kernel.is(threads, shared_bytes)) {
             return Ok(kernel.clone());
         }
-        let kernel = Kernel::new(module.load_function(name)?, threads, shared_bytes)?;
+        let programmatic = compute_capability(context)? >= (9, 0);
+        let function = module.load_function(name)?;
+        let kernel = Kernel::new(function, threads, shared_bytes, programmatic)?;
         kernels.insert(name.into(), kernel.clone());
         Ok(kernel)
     }

@@ -1,11 +1,13 @@
 //! A loaded kernel and its launches.
 #![allow(unsafe_code)]
 
+use std::ffi::c_void;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC;
+use cudarc::driver::sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
 use cudarc::driver::{
-    CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg, sys,
 };
 
 /// A kernel for thread blocks of a fixed size.
@@ -14,7 +16,10 @@ pub struct Kernel {
     function: CudaFunction,
     threads: u32,
     shared_bytes: u32,
+    /// Whether the device has programmatic dependent launches.
+    programmatic: bool,
     blocks_per_multiprocessor: Arc<OnceLock<usize>>,
+    clusters: Arc<OnceLock<usize>>,
 }
 
 impl Kernel {
@@ -22,12 +27,20 @@ impl Kernel {
         function: CudaFunction,
         threads: u32,
         shared_bytes: u32,
+        programmatic: bool,
     ) -> Result<Self, DriverError> {
         // All block sizes share one function, so the limit is only raised.
         if function.get_attribute(DYNAMIC)? < shared_bytes as i32 {
             function.set_attribute(DYNAMIC, shared_bytes as i32)?;
         }
-        Ok(Self { function, threads, shared_bytes, blocks_per_multiprocessor: Arc::default() })
+        Ok(Self {
+            function,
+            threads,
+            shared_bytes,
+            programmatic,
+            blocks_per_multiprocessor: Arc::default(),
+            clusters: Arc::default(),
+        })
     }
 
     pub(crate) fn is(&self, threads: u32, shared_bytes: u32) -> bool {
@@ -47,6 +60,21 @@ impl Kernel {
         let blocks =
             self.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None)?;
         Ok(*self.blocks_per_multiprocessor.get_or_init(|| blocks as usize))
+    }
+
+    /// Returns the number of clusters that the device runs concurrently, for a kernel that is compiled
+    /// for clusters of `size` thread blocks. Only the first call asks the driver.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn clusters(&self, stream: &CudaStream, size: usize) -> Result<usize, DriverError> {
+        if let Some(&clusters) = self.clusters.get() {
+            return Ok(clusters);
+        }
+        let clusters = self
+            .function
+            .occupancy_max_active_clusters(self.config([1024 * size, 1, 1]), stream)?;
+        Ok(*self.clusters.get_or_init(|| clusters as usize))
     }
 
     /// Launches the kernel over a grid of thread blocks. An empty grid does nothing.
@@ -93,6 +121,55 @@ impl Kernel {
         // SAFETY: guaranteed by the caller.
         unsafe { launch.launch(self.config(grid)) }?;
         Ok(())
+    }
+
+    /// Like [`launch_with`](Self::launch_with), by programmatic dependent launch on compute capability
+    /// 9.0 or later: the kernel may start before the kernel before it in the stream has ended.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    ///
+    /// # Safety
+    /// As [`launch_with`](Self::launch_with). The kernel must wait (`griddepcontrol.wait`) before it
+    /// reads what earlier kernels write, and before it writes.
+    pub unsafe fn launch_dependent<A: DeviceRepr, B: DeviceRepr>(
+        &self,
+        stream: &Arc<CudaStream>,
+        grid: [usize; 3],
+        args: &A,
+        more: &[B],
+    ) -> Result<(), DriverError> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        stream.context().bind_to_thread()?;
+        let mut params: Vec<*mut c_void> = vec![std::ptr::from_ref(args).cast_mut().cast()];
+        params.extend(more.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast::<c_void>()));
+        let mut attribute = sys::CUlaunchAttribute {
+            id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0] as u32,
+            gridDimY: grid[1] as u32,
+            gridDimZ: grid[2] as u32,
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared_bytes,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut attribute,
+            numAttrs: self.programmatic.into(),
+        };
+        // SAFETY: the configuration and the parameters outlive the call, which copies them; the caller
+        // guarantees the rest.
+        unsafe {
+            let function = self.function.cu_function();
+            let params = params.as_mut_ptr();
+            sys::cuLaunchKernelEx(&raw const config, function, params, std::ptr::null_mut())
+                .result()
+        }
     }
 
     /// Like [`launch`](Self::launch), for a kernel whose thread blocks wait for each other: all run

@@ -1,4 +1,4 @@
-// The part of a decoder between two attentions, for a few tokens, in one launch: output projection,
+// The part of a decoder between two attentions, for one or two tokens, in one launch: output projection,
 // residual, norm, gated feed-forward block, residual, norm, and the product after it.
 //
 // Reading the weights takes most of the time, and their order does not depend on the activations.
@@ -32,7 +32,7 @@ struct PostAttentionArgs {
     float eps;
     int32_t unused;
 };
-static_assert(sizeof(PostAttentionArgs) == 128 && offsetof(PostAttentionArgs, rows) == 112, "as in src/post_attention.rs");
+static_assert(sizeof(PostAttentionArgs) == 128 && offsetof(PostAttentionArgs, rows) == 112, "as in src/post_attention/one_launch.rs");
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 // Columns of a chunk of weights.
@@ -309,4 +309,3 @@ __device__ __forceinline__ void post_attention(const PostAttentionArgs& a) {
 #define FORMATS(ROWS) KERNEL(f16, __half2, __half, ROWS) KERNEL(bf16, __nv_bfloat162, __nv_bfloat16, ROWS)
 FORMATS(1)
 FORMATS(2)
-FORMATS(4)

@@ -1,6 +1,7 @@
 // The sum of two activations and its RMS norm in one pass, as between the blocks of a decoder.
 #include <cstddef>
 #include <cstdint>
+#include <dependent.cuh>
 #include "half.cuh"
 
 // Addresses are device addresses. All arrays are [rows, columns] in f16 or bf16, contiguous.
@@ -25,6 +26,8 @@ __device__ __forceinline__ void rms_norm(const RmsNormArgs& a) {
     const int64_t row = int64_t(blockIdx.x) * pieces;
     const uint4 *x = reinterpret_cast<const uint4*>(a.x) + row, *y = reinterpret_cast<const uint4*>(a.y) + row;
     uint4 *sum = reinterpret_cast<uint4*>(a.sum) + row, *out = reinterpret_cast<uint4*>(a.out) + row;
+    start_next_kernel();
+    wait_for_previous_kernel();
     float square = 0.f;
     for (int i = threadIdx.x; i < pieces; i += THREADS) {
         uint4 piece = x[i];

@@ -11,6 +11,8 @@ mod prefill;
 mod rms_norm;
 mod rope;
 mod silu_mul;
+mod skinny_gemm;
+mod tensor_map;
 mod top;
 
 pub use argmax::{ArgmaxArgs, argmax};
@@ -22,4 +24,5 @@ pub use prefill::{Half, PAGE, PrefillArgs, has_prefill, prefill};
 pub use rms_norm::{RmsNormArgs, rms_norm};
 pub use rope::{RopeArgs, RopeTensor, rope};
 pub use silu_mul::{SiluMulArgs, silu_mul};
+pub use skinny_gemm::{MAX_SKINNY_ROWS, SkinnyGemmArgs, has_skinny_gemm, skinny_gemm};
 pub use top::{TopRow, top};

@@ -400,8 +400,9 @@ pub unsafe fn attend(
     (count, columns): (usize, usize),
 ) -> Result<()> {
     let kernel = attend_kernel(stream.context(), half, args.head_dim.max(0) as usize, columns)?;
-    // SAFETY: the caller guarantees the addresses; the grid is the one that the kernel expects.
-    unsafe { kernel.launch(stream, [count, 1, 1], args) }?;
+    // SAFETY: the caller guarantees the addresses; the grid is the one that the kernel expects, which
+    // waits first.
+    unsafe { kernel.launch_dependent::<_, u64>(stream, [count, 1, 1], args, &[]) }?;
     Ok(())
 }
 
@@ -446,8 +447,8 @@ pub unsafe fn append(
 ) -> Result<()> {
     let kernel = IMAGE.kernel(stream.context(), "paged_append", APPEND_THREADS, 0)?;
     let blocks = (longest * args.pieces as usize).div_ceil(APPEND_THREADS as usize);
-    // SAFETY: the caller guarantees the addresses.
-    unsafe { kernel.launch(stream, [blocks, rows, 2], args) }?;
+    // SAFETY: the caller guarantees the addresses; the kernel waits first.
+    unsafe { kernel.launch_dependent::<_, u64>(stream, [blocks, rows, 2], args, &[]) }?;
     Ok(())
 }
 

@@ -1,10 +1,10 @@
 //! Exact attention of many queries (prefill): kernels/prefill.cu.
 
-use std::mem::MaybeUninit;
 use std::sync::Arc;
 
+use crate::tensor_map::TensorMap;
 use crate::{Error, Result};
-use longctx_cuda::cudarc::driver::{CudaContext, CudaStream, DeviceRepr, sys};
+use longctx_cuda::cudarc::driver::{CudaContext, CudaStream};
 use longctx_cuda::{Image, compute_capability};
 
 static IMAGE: Image = longctx_cuda::image!("prefill");
@@ -96,13 +96,6 @@ longctx_cuda::args! {
         pub out_f32: i32,
     }
 }
-
-#[repr(transparent)]
-#[derive(Clone)]
-struct TensorMap(sys::CUtensorMap);
-
-// SAFETY: the type is the driver's own parameter type.
-unsafe impl DeviceRepr for TensorMap {}
 
 /// The tile shape of a kernel, as in kernels/prefill/*.cuh.
 struct Shape {
@@ -237,52 +230,17 @@ fn tensor_maps(
         };
         (extents, [page, 1])
     };
-    let map = |address, (dims, rows)| tensor_map(half, head_dim, address, dims, rows);
+    let map = |address, (dims, rows): ([(i32, i64); 2], [i32; 2])| {
+        // A tensor without keys is not read, but a tensor map needs an extent of at least 1.
+        let extents = [head_dim as u64, dims[0].0.max(1) as u64, dims[1].0.max(1) as u64];
+        let strides = dims.map(|(_, stride)| stride as u64);
+        TensorMap::new(half, address, extents, strides, [64, rows[0] as u32, rows[1] as u32])
+    };
     Ok([
         map(args.q, q)?,
         map(args.k, kv(args.k_token, args.k_head))?,
         map(args.v, kv(args.v_token, args.v_head))?,
     ])
-}
-
-/// Returns a tensor map of rank 3: channels, then two dimensions, each with an extent, a stride in
-/// elements and the rows of a box.
-fn tensor_map(
-    half: Half,
-    head_dim: usize,
-    address: u64,
-    dims: [(i32, i64); 2],
-    rows: [i32; 2],
-) -> Result<TensorMap> {
-    let format = match half {
-        Half::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        Half::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    };
-    // A tensor without keys is not read, but a tensor map needs an extent of at least 1.
-    let extents = [head_dim as u64, dims[0].0.max(1) as u64, dims[1].0.max(1) as u64];
-    let strides = dims.map(|(_, stride)| 2 * stride as u64);
-    let of_box = [64, rows[0] as u32, rows[1] as u32];
-    let mut map = MaybeUninit::uninit();
-    // SAFETY: all pointers are those of arrays of the rank's length that outlive the call, which
-    // writes `map` on success. The address is stored, not read.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            map.as_mut_ptr(),
-            format,
-            3,
-            address as *mut _,
-            extents.as_ptr(),
-            strides.as_ptr(),
-            of_box.as_ptr(),
-            [1; 3].as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-        .result()?;
-        Ok(TensorMap(map.assume_init()))
-    }
 }
 
 #[cfg(test)]

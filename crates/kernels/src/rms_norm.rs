@@ -57,7 +57,8 @@ pub unsafe fn rms_norm(
     }
     let name = if half == Half::F16 { "rms_norm_f16" } else { "rms_norm_bf16" };
     let kernel = IMAGE.kernel(stream.context(), name, THREADS, 0)?;
-    // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
-    unsafe { kernel.launch(stream, [rows, 1, 1], args) }?;
+    // SAFETY: the arguments are those of the kernel, which waits first, and the caller guarantees the
+    // addresses.
+    unsafe { kernel.launch_dependent::<_, u64>(stream, [rows, 1, 1], args, &[]) }?;
     Ok(())
 }

@@ -78,7 +78,8 @@ pub unsafe fn rope(stream: &Arc<CudaStream>, half: Half, args: &RopeArgs) -> Res
     let pieces = (args.head_dim / 8 - args.rotary / 16) as usize;
     let heads: usize = args.tensors.iter().map(|of| of.heads.max(0) as usize).sum();
     let grid = [args.tokens.max(0) as usize, (heads * pieces).div_ceil(THREADS as usize), 1];
-    // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
-    unsafe { kernel.launch(stream, grid, args) }?;
+    // SAFETY: the arguments are those of the kernel, which waits first, and the caller guarantees the
+    // addresses.
+    unsafe { kernel.launch_dependent::<_, u64>(stream, grid, args, &[]) }?;
     Ok(())
 }

@@ -7,6 +7,7 @@
 // queries) are the small operand. Scales of keys multiply the queries or the scores, scales of
 // values the probabilities. Minima use a separate product, whose unused rows sum the probabilities.
 #pragma once
+#include <dependent.cuh>
 #include "merge.cuh"
 #include "scores.cuh"
 
@@ -319,6 +320,8 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
 // Grid: one thread block per item of `work`.
 template <class L, int N, int WARPS, int STAGES>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
+    start_next_kernel();
+    wait_for_previous_kernel();
     constexpr int D = L::D;
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int QUERIES = N * 16 * D, STAGE = L::HEADER + L::TILE_BYTES, PITCH = D + 4;

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::address;
 use super::after_step::{Launch, SideStreams};
+use super::{Scratch, address};
 use crate::{Batch, Error, KvCache, PreparedDecode, PreparedStep, Result, StepLists};
 use candle_core::{CudaDevice, DType, Device, Shape, Tensor};
 use longctx_cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -54,8 +54,8 @@ struct Graph {
 }
 
 enum State {
-    /// A step with this layout has run, and had logits of this shape.
-    Ready(Shape, DType),
+    /// A step with this layout has run, and had logits of this shape and so many intermediate results.
+    Ready(Shape, DType, Scratch),
     Captured(Captured),
     /// The model's step cannot be captured.
     Refused,
@@ -67,6 +67,8 @@ struct Captured {
     end: Option<CudaGraph>,
     /// The graph's input, `[sequences]`, which it copies from the lists.
     _ids: Tensor,
+    /// The graph's intermediate results.
+    _scratch: Scratch,
     /// The graph's output, overwritten by each launch. A graph frees all memory that it allocates,
     /// so this is allocated outside.
     logits: Tensor,
@@ -203,18 +205,21 @@ impl DecodeGraphs {
             let ids = ids_on(&self.device, ids)?;
             // Shapes and strides that candle copies to the device are kept for the capture.
             let _kept = self.device.enable_cuda_graph_htod_cache();
-            let (logits, end) = launch(batch, &ids, caches, forward)?;
+            let counting = Scratch::default();
+            let (launched, scratch) = counting.during(|| launch(batch, &ids, caches, forward));
+            let (logits, end) = launched?;
             let (last_used, layout) = (self.steps, self.lists.layout().to_vec());
-            let state = State::Ready(logits.shape().clone(), logits.dtype());
+            let state = State::Ready(logits.shape().clone(), logits.dtype(), scratch);
             self.graphs.insert(seqs, Graph { last_used, layout, memory, state });
             self.drop_oldest();
             return Ok((logits, end));
         };
         known.last_used = self.steps;
-        if let State::Ready(shape, dtype) = &known.state {
-            let logits = Tensor::zeros(shape, *dtype, &Device::Cuda(self.device.clone()))?;
+        if let State::Ready(shape, dtype, counted) = &known.state {
+            let device = Device::Cuda(self.device.clone());
+            let outputs = (Tensor::zeros(shape, *dtype, &device)?, counted.allocate(&device)?);
             known.state =
-                capture((&self.device, &self.side), batch, memory, caches, forward, logits)?;
+                capture((&self.device, &self.side), batch, memory, caches, forward, outputs)?;
         }
         match &known.state {
             State::Captured(step) => {
@@ -298,31 +303,33 @@ fn launch(
     Ok((logits?, Some(end)))
 }
 
-/// Captures a prepared step, which copies its output to `logits`. The lists start with the token ids.
+/// Captures a prepared step, which copies its output to `logits` and has its intermediate results in
+/// `scratch`. The lists start with the token ids.
 fn capture(
     (device, side): (&CudaDevice, &SideStreams),
     batch: &Batch,
     memory: PreparedStep,
     caches: &mut [Box<dyn KvCache>],
     forward: &mut Forward<'_>,
-    logits: Tensor,
+    (logits, scratch): (Tensor, Scratch),
 ) -> Result<State> {
     let (seqs, stream) = (batch.seqs().len(), device.cuda_stream());
     let ids = Tensor::zeros(seqs, DType::U32, &Device::Cuda(device.clone()))?;
     let _kept = device.enable_cuda_graph_htod_cache();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-    let (done, end) = SideStreams::collect(batch, |batch| -> Result<()> {
+    let step = |batch: &Batch| -> Result<()> {
         let (to, stream) = (address(&ids)?, stream.cu_stream());
         // SAFETY: both hold an id per sequence, and the stream orders the copy.
         unsafe { result::memcpy_dtod_async(to, memory.lists, 4 * seqs, stream) }?;
         let out = forward(caches, batch, &ids)?.contiguous()?;
         Ok(logits.slice_set(&out, 0, 0)?)
-    });
+    };
+    let ((done, end), scratch) = scratch.during(|| SideStreams::collect(batch, step));
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags);
     match (done, graph, side.capture(end)) {
         (Ok(()), Ok(Some(graph)), Ok(end)) => {
-            Ok(State::Captured(Captured { graph, end, _ids: ids, logits }))
+            Ok(State::Captured(Captured { graph, end, _ids: ids, _scratch: scratch, logits }))
         }
         _ => {
             // The step runs without a graph, so the errors of the capture are of no further use.

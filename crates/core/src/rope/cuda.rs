@@ -3,7 +3,7 @@
 
 use super::Rope;
 use crate::Result;
-use crate::cuda::{address, half_of};
+use crate::cuda::{address, empty, half_of};
 use candle_core::{Device, Tensor};
 use longctx_kernels::{RopeArgs, RopeTensor, rope};
 
@@ -85,7 +85,7 @@ pub fn rotate<const N: usize>(
     let mut outs = tensors.map(Tensor::clone);
     for ((x, out), of) in tensors.iter().zip(&mut outs).zip(&mut args.tensors) {
         // SAFETY: the kernel writes every element.
-        *out = unsafe { Tensor::empty(x.shape(), x.dtype(), x.device()) }?;
+        *out = unsafe { empty(x.shape(), x.dtype(), x.device()) }?;
         *of = RopeTensor {
             x: address(x)?,
             out: address(out)?,

@@ -6,6 +6,7 @@
 // Probabilities are split into a rounded number and the rest, so that outputs are as exact as with
 // f32.
 #pragma once
+#include <dependent.cuh>
 #include "args.cuh"
 #include "mma.cuh"
 
@@ -143,6 +144,8 @@ __device__ __forceinline__ void merge(const AttendArgs& a, const AttendWork& wor
 // Grid: one thread block for each item of `work`.
 template <class Pair, int D, int N>
 __device__ __forceinline__ void attend(const AttendArgs& a) {
+    start_next_kernel();
+    wait_for_previous_kernel();
     constexpr int WARPS = Rings<D>::WARPS, PIECES = Rings<D>::PIECES, KEYS = Rings<D>::KEYS, STEPS = D / 16, COPIES = TILE * PIECES / 32, STAGE = 32 * KEYS;
     static_assert(TILE * PIECES % 32 == 0 && D % 16 == 0, "a lane copies whole pieces");
     extern __shared__ __align__(128) uint4 rings[];  // `later` changes bits of addresses.

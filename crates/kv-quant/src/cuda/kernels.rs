@@ -180,8 +180,8 @@ impl AttendKernel {
         count: usize,
     ) -> Result<()> {
         let args = with_layout(args, self.layout)?;
-        // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.kernel.launch(stream, [count, 1, 1], &args) }?)
+        // SAFETY: guaranteed by the caller; the kernel waits first.
+        Ok(unsafe { self.kernel.launch_dependent::<_, u64>(stream, [count, 1, 1], &args, &[]) }?)
     }
 }
 
@@ -357,8 +357,9 @@ impl Kernels {
         if args.ring < 1 {
             return Err(Error::mismatch("capacity of a ring", "at least 1", args.ring));
         }
-        // SAFETY: guaranteed by the caller.
-        Ok(unsafe { self.fill_rings.launch(stream, [entries, rows, 2], &args) }?)
+        let grid = [entries, rows, 2];
+        // SAFETY: guaranteed by the caller; the kernel waits first.
+        Ok(unsafe { self.fill_rings.launch_dependent::<_, u64>(stream, grid, &args, &[]) }?)
     }
 
     /// Launches unpacking of some slots of a kv head.

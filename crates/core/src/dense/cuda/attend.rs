@@ -3,7 +3,7 @@
 
 use super::CudaPool;
 use super::decode::Outputs;
-use crate::cuda::address;
+use crate::cuda::{address, empty};
 use crate::{AttentionState, Batch, EntryRanges, Error, Mask, Result};
 use candle_core::{DType, Device, Tensor};
 use longctx_kernels::{PAGE, PrefillArgs, prefill};
@@ -91,7 +91,7 @@ impl CudaPool {
         self.check_queries(batch, q, mask)?;
         let q = self.fit(q)?;
         // SAFETY: the kernel writes every element.
-        let out = unsafe { Tensor::empty(q.shape(), dtype, q.device()) }?;
+        let out = unsafe { empty(q.shape(), dtype, q.device()) }?;
         self.launch_decode(batch, &q, mask, Outputs { out: &out, lse: 0, scores: None })?;
         Ok(out)
     }
@@ -223,7 +223,7 @@ impl CudaPool {
         let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
         let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernels write every element of both.
-        let empty = |dims: &[usize]| unsafe { Tensor::empty(dims, DType::F32, &device) };
-        Ok((empty(&[tokens, heads, d])?, empty(&[tokens, heads])?))
+        let new = |dims: &[usize]| unsafe { empty(dims, DType::F32, &device) };
+        Ok((new(&[tokens, heads, d])?, new(&[tokens, heads])?))
     }
 }

@@ -3,7 +3,7 @@
 use super::decode::{Outputs, Scores};
 use super::prepared::Prepared;
 use super::{BlockTable, CudaPool};
-use crate::cuda::{address, evict_after_step};
+use crate::cuda::{address, empty, evict_after_step};
 use crate::{Batch, Error, EvictOne, KeptEntries, Mask, Result, RowReduction, SeqId, StepLists};
 use candle_core::{DType, Device, Tensor};
 use longctx_cuda::{bytes_of, upload};
@@ -55,7 +55,7 @@ impl CudaPool {
         self.check_queries(batch, q, Mask::Causal)?;
         let (q, main) = (self.fit(q)?, self.stream());
         // SAFETY: attention writes every output.
-        let out = unsafe { Tensor::empty(q.shape(), dtype, q.device()) }?;
+        let out = unsafe { empty(q.shape(), dtype, q.device()) }?;
         if let Some(prepared) = self.prepared_for(batch)? {
             let missing = || Error::Unsupported("an eviction in a step prepared without".into());
             let lists = prepared.evict.ok_or_else(missing)?;

@@ -7,7 +7,7 @@ use super::memory::Heads;
 use super::tensors::{address, kind};
 use crate::cuda::{AttendArgs, AttendKernel, Plan, Sizes, Work};
 use candle_core::{DType, Device, Tensor};
-use longctx_core::cuda::{PlanLaunch, PlanMemory, out_kind};
+use longctx_core::cuda::{PlanLaunch, PlanMemory, empty, out_kind};
 use longctx_core::{AttentionState, Batch, Error, Mask, Result, SeqId};
 use longctx_cuda::cudarc::driver::CudaStream;
 
@@ -137,8 +137,8 @@ impl CudaPool {
         let (tokens, heads, d) = (batch.tokens(), self.shape.heads, self.shape.head_dim);
         let device = Device::Cuda(self.device.clone());
         // SAFETY: the kernel writes every element of both.
-        let empty = |dims: &[usize], dtype| unsafe { Tensor::empty(dims, dtype, &device) };
-        let (out, lse) = (empty(&[tokens, heads, d], dtype)?, empty(&[tokens, heads], DType::F32)?);
+        let new = |dims: &[usize], dtype| unsafe { empty(dims, dtype, &device) };
+        let (out, lse) = (new(&[tokens, heads, d], dtype)?, new(&[tokens, heads], DType::F32)?);
         Ok(AttentionState { out, lse })
     }
 
