@@ -62,6 +62,7 @@ GIVES(cuDeviceGet, int, 0)
 GIVES(cuDeviceGetCount, int, 1)
 GIVES(cuDriverGetVersion, int, 13000)
 GIVES(cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int, 2)
+GIVES(cuOccupancyMaxActiveClusters, int, 30)
 GIVES(cudaGetDevice, int, 0)
 GIVES_HANDLE(cuCtxGetCurrent)
 GIVES_HANDLE(cuDeviceGetDefaultMemPool)
@@ -122,6 +123,7 @@ int cuFuncGetAttribute(int* value, int attribute, void* function) { *value = att
 int cuMemGetInfo_v2(size_t* free, size_t* total) { *free = *total = (size_t)140 << 30; return 0; }
 int cuGetErrorString(int error, const char** text) { *text = "an error of the null driver"; return 0; }
 int cuLaunchKernel() { launches++; return 0; }
+int cuLaunchKernelEx() { launches++; return 0; }
 int cuLaunchCooperativeKernel() { launches++; return 0; }
 int cuMemAlloc_v2(Address* out, size_t bytes) { *out = allocate(bytes); return 0; }
 int cuMemAllocAsync(Address* out, size_t bytes) { *out = allocate(bytes); return 0; }

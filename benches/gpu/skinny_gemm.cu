@@ -230,7 +230,13 @@ void together(const Layer& l, int tokens, cudaStream_t stream) {
     const void* kernel = tokens == 1 ? (const void*)one_launch::post_attention_f16_r1 : (const void*)one_launch::post_attention_f16_r2;
     OK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared()));
     void* args[] = {&a};
-    OK(cudaLaunchCooperativeKernel(kernel, blocks, one_launch::THREADS, args, shared(), stream));
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks, config.blockDim = one_launch::THREADS, config.dynamicSmemBytes = shared(), config.stream = stream;
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization, attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeCooperative, attributes[1].val.cooperative = 1;
+    config.attrs = attributes, config.numAttrs = 2;
+    OK(cudaLaunchKernelExC(&config, kernel, args));
 }
 
 struct Shape { const char* name; int hidden, inner, next, layers; };
@@ -256,7 +262,7 @@ void time(const Shape& s, cudaStream_t stream) {
         }
         row("all between attentions", tokens, 2. * s.hidden * (s.hidden + 3. * s.inner + s.next), median_us(stream, [&] { for (auto& l : layers) between(l, tokens, stream, false); }),
             median_us(stream, [&] { for (auto& l : layers) between(l, tokens, stream, true); }));
-        if (tokens <= 2) printf("%s, %d rows: one launch %.1f us\n", s.name, tokens, median_us(stream, [&] { for (auto& l : layers) together(l, tokens, stream); }) / s.layers);
+        if (tokens <= 2) printf("| %s | all, in one launch | %d | | | %.1f | |\n", s.name, tokens, median_us(stream, [&] { for (auto& l : layers) together(l, tokens, stream); }) / s.layers);
     }
     for (auto& l : layers)
         for (const Product& p : {l.output, l.gate_up, l.down, l.next}) OK(cudaFree((void*)p.w));

@@ -3,7 +3,8 @@
 #pragma once
 
 // Lets the next kernel start as soon as it finds free multiprocessors. It still waits for the end of
-// this one.
+// this one. After `wait_for_previous_kernel`, the next kernel may read what kernels before this one
+// have written before it waits.
 __device__ __forceinline__ void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -5,7 +5,9 @@ use std::ffi::c_void;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC;
-use cudarc::driver::sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+use cudarc::driver::sys::CUlaunchAttributeID::{
+    CU_LAUNCH_ATTRIBUTE_COOPERATIVE, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+};
 use cudarc::driver::{
     CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg, sys,
 };
@@ -139,17 +141,57 @@ impl Kernel {
         args: &A,
         more: &[B],
     ) -> Result<(), DriverError> {
+        let mut params = vec![std::ptr::from_ref(args).cast_mut().cast()];
+        params.extend(more.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast::<c_void>()));
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.launch_extended(stream, grid, &mut params, (true, false)) }
+    }
+
+    /// Like [`launch`](Self::launch), for a kernel whose thread blocks wait for each other: all run
+    /// at the same time. `dependent`: as [`launch_dependent`](Self::launch_dependent).
+    ///
+    /// # Errors
+    /// Errors of the driver, also if the device cannot run all thread blocks at the same time.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch); if `dependent`, as [`launch_dependent`](Self::launch_dependent).
+    pub unsafe fn launch_cooperative<A: DeviceRepr>(
+        &self,
+        stream: &Arc<CudaStream>,
+        grid: [usize; 3],
+        args: &A,
+        dependent: bool,
+    ) -> Result<(), DriverError> {
+        let mut params = [std::ptr::from_ref(args).cast_mut().cast()];
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.launch_extended(stream, grid, &mut params, (dependent, true)) }
+    }
+
+    /// Launches with attributes. `params`: pointers to the kernel's parameters.
+    unsafe fn launch_extended(
+        &self,
+        stream: &Arc<CudaStream>,
+        grid: [usize; 3],
+        params: &mut [*mut c_void],
+        (dependent, cooperative): (bool, bool),
+    ) -> Result<(), DriverError> {
         if grid.contains(&0) {
             return Ok(());
         }
         stream.context().bind_to_thread()?;
-        let mut params: Vec<*mut c_void> = vec![std::ptr::from_ref(args).cast_mut().cast()];
-        params.extend(more.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast::<c_void>()));
-        let mut attribute = sys::CUlaunchAttribute {
-            id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let programmatic =
+            sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+        let together = sys::CUlaunchAttributeValue { cooperative: 1 };
+        let known = [
+            (
+                dependent && self.programmatic,
+                attribute(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, programmatic),
+            ),
+            (cooperative, attribute(CU_LAUNCH_ATTRIBUTE_COOPERATIVE, together)),
+        ];
+        let mut attributes: Vec<_> =
+            known.into_iter().filter_map(|(wanted, of)| wanted.then_some(of)).collect();
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0] as u32,
             gridDimY: grid[1] as u32,
@@ -159,8 +201,8 @@ impl Kernel {
             blockDimZ: 1,
             sharedMemBytes: self.shared_bytes,
             hStream: stream.cu_stream(),
-            attrs: &raw mut attribute,
-            numAttrs: self.programmatic.into(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: the configuration and the parameters outlive the call, which copies them; the caller
         // guarantees the rest.
@@ -170,27 +212,6 @@ impl Kernel {
             sys::cuLaunchKernelEx(&raw const config, function, params, std::ptr::null_mut())
                 .result()
         }
-    }
-
-    /// Like [`launch`](Self::launch), for a kernel whose thread blocks wait for each other: all run
-    /// at the same time.
-    ///
-    /// # Errors
-    /// Errors of the driver, also if the device cannot run all thread blocks at the same time.
-    ///
-    /// # Safety
-    /// As [`launch`](Self::launch).
-    pub unsafe fn launch_cooperative<A: DeviceRepr>(
-        &self,
-        stream: &Arc<CudaStream>,
-        grid: [usize; 3],
-        args: &A,
-    ) -> Result<(), DriverError> {
-        let mut launch = stream.launch_builder(&self.function);
-        launch.arg(args);
-        // SAFETY: guaranteed by the caller.
-        unsafe { launch.launch_cooperative(self.config(grid)) }?;
-        Ok(())
     }
 
     fn config(&self, grid: [usize; 3]) -> LaunchConfig {

@@ -8,6 +8,7 @@
 // Results equal those of separate launches of matvec, rms_norm and silu_mul bit for bit: sums have
 // the same order, and the same intermediate results are rounded.
 #include <cooperative_groups.h>
+#include <dependent.cuh>
 #include <cstddef>
 #include <cstdint>
 #include "half.cuh"
@@ -289,7 +290,9 @@ __device__ __forceinline__ void post_attention(const PostAttentionArgs& a) {
     uint64_t* barriers = reinterpret_cast<uint64_t*>(chunks + WARPS * a.stages);
     const int first = threadIdx.x / 32 * a.stages;
     const Input<Pair> input{reinterpret_cast<uint4*>(barriers + WARPS * a.stages), squares};
+    start_next_kernel();
     Ring ring(a, chunks + first, barriers + first);
+    wait_for_previous_kernel();
     run<Pair, One, COUNT, OUTPUT>(a, input, ring);
     run<Pair, One, COUNT, GATE_UP>(a, input, ring);
     run<Pair, One, COUNT, DOWN>(a, input, ring);

@@ -70,8 +70,8 @@ __device__ __forceinline__ void rope(const RopeArgs& a) {
     const int64_t token = blockIdx.x;
     const Piece piece(a, token, blockIdx.y * THREADS + threadIdx.x);
     uint4 first, second;
-    start_next_kernel();
     wait_for_previous_kernel();
+    start_next_kernel();
     if (piece.x) first = piece.x[piece.first], second = piece.x[piece.second];
     const double position = reinterpret_cast<const int64_t*>(a.positions)[token];
     for (int i = threadIdx.x; i < a.rotary / 2; i += THREADS) {

@@ -132,6 +132,7 @@ struct Producer {
             for (int chunk = 0; chunk < part.chunks && ahead < a.ahead; chunk++) fetch_weights(part, tile, chunk, ahead++, policy);
         }
         wait_for_previous_kernel();
+        start_next_kernel();
         int slot = 0, parity = 1, index = 0;
         for (int tile = part.tile; tile < part.tiles; tile += part.tile_step) {
             for (int chunk = 0; chunk < part.chunks; chunk++, index++) {
@@ -270,7 +271,6 @@ __device__ __forceinline__ void skinny_gemm(const SkinnyGemmArgs& a, const CUten
     using Sums = Consumer<T, TOKENS, CLUSTER, GATED>;
     Partial<TOKENS, CLUSTER>* partial = reinterpret_cast<Partial<TOKENS, CLUSTER>*>(ring + a.stages);
     uint64_t *full = reinterpret_cast<uint64_t*>(partial + 2 * Sums::OWNED), *empty = full + a.stages, *arrived = empty + a.stages;
-    start_next_kernel();
     if (threadIdx.x == CONSUMERS) {
         for (int i = 0; i < a.stages; i++) mbarrier_init(&full[i], 1), mbarrier_init(&empty[i], CONSUMERS / 32);
         for (int i = 0; i < 2 * Sums::OWNED; i++) mbarrier_init(&arrived[i], 1);

@@ -112,8 +112,9 @@ longctx_cuda::args! {
         pub scores: u64,
         /// Row stride of `scores`: at least the largest number of entries.
         pub scores_row: i32,
-        /// Padding.
-        pub unused: i32,
+        /// 1: the launch before this one in the stream is the [`append`] of the queries' own entries,
+        /// during which attention can read earlier ones. The mask is causal.
+        pub early: i32,
     }
 }
 

@@ -48,8 +48,7 @@ pub struct PostAttentionArgs {
     pub rows: usize,
     /// Added to the mean squares.
     pub eps: f32,
-    /// Whether to read `output` before the kernel before this one in the stream has ended. The other
-    /// weights are always read early.
+    /// Whether to read weights before the kernel before this one in the stream has ended.
     pub prefetch: bool,
 }
 
@@ -87,7 +86,7 @@ pub fn has_post_attention(context: &CudaContext, args: &PostAttentionArgs) -> Re
 /// The addresses must be those of arrays on the stream's device, of the sizes and formats that the
 /// fields of [`PostAttentionArgs`] give, until the launched work has finished. Outputs and the
 /// workspace must not overlap with inputs. With `prefetch`, no work that may still run at the start of
-/// the kernel before this call may write `output`.
+/// the kernel before this call may write weights.
 pub unsafe fn post_attention(
     stream: &Arc<CudaStream>,
     half: Half,

@@ -317,11 +317,11 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
     }
 }
 
-// Grid: one thread block per item of `work`.
+// Grid: one thread block per item of `work`. A dependent launch reads lists, tables and records before
+// the kernel before it has ended: the copy to the rings, which the queries and ring entries wait for.
 template <class L, int N, int WARPS, int STAGES>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
     start_next_kernel();
-    wait_for_previous_kernel();
     constexpr int D = L::D;
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int QUERIES = N * 16 * D, STAGE = L::HEADER + L::TILE_BYTES, PITCH = D + 4;
@@ -331,11 +331,15 @@ __device__ __forceinline__ void attend(const AttendArgs& args) {
     unsigned char* ring = shared + QUERIES + threadIdx.x / 32 * (STAGES * STAGE);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const HeadWork work(args, blockIdx.x);
-    if (work.queries == 0) return;
+    if (work.queries == 0) {
+        wait_for_previous_kernel();
+        return;
+    }
     const int valid = min(args.heads_per_kv * work.queries - work.first_column, 8 * N);
     Columns<N> columns;
     const bool coded = work.from >= 0;
     auto ready = [&]() {
+        wait_for_previous_kernel();
         load_queries<D, N>(args, work, work.first_column, valid, coded && args.rotated & ROTATED_KEYS, queries, factors);
         __syncthreads();
         columns = columns_of<N>(args, factors, work.queries, work.first_column, entries_of(work), lane);

@@ -60,8 +60,8 @@ struct HeadRow : FillRow, KvHead {
 
 // Grid: (entries, rows, 2); `pieces` threads.
 __device__ __forceinline__ void fill_rings(const FillArgs& args) {
-    start_next_kernel();
     wait_for_previous_kernel();
+    start_next_kernel();
     const HeadRow row(args, blockIdx.y);
     const int entry = row.move_from + blockIdx.x;
     if (entry >= row.move_to) return;

@@ -159,7 +159,7 @@ fn main() -> Result<()> {
     };
     stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
     // SAFETY: the arrays have the sizes of `args` and of the work items, which are written below.
-    unsafe { attend.launch(&stream, &args, parts) }?;
+    unsafe { attend.launch(&stream, &args, parts, false) }?;
     let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags)?.context("nothing was captured")?;
 

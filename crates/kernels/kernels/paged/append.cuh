@@ -14,8 +14,8 @@ __device__ __forceinline__ uint4* piece_at(uint64_t block, bool value, int entry
 
 // Grid: (entries * pieces / APPEND_THREADS of the longest row, rounded up; rows; 2: keys and values).
 __device__ __forceinline__ void append(const AppendArgs& a) {
-    start_next_kernel();
     wait_for_previous_kernel();
+    start_next_kernel();
     const AppendRow& row = a.rows[blockIdx.y];
     const bool value = blockIdx.z;
     uint64_t* table = a.tables[row.table];

@@ -48,7 +48,7 @@ struct AttendArgs {
     int out_kind;  // 0 f16, 1 bf16, 2 f32
     float* scores;  // output: [tokens, heads, scores_row], in units of log 2; may be null
     int scores_row;  // at least the largest `len`
-    int unused;
+    int early;       // 1: may read entries before the last `queries` ones while the launch before runs, an append
 };
 
 // A kv head's keys and the queries of its sequence.

@@ -145,26 +145,20 @@ __device__ __forceinline__ void merge(const AttendArgs& a, const AttendWork& wor
 template <class Pair, int D, int N>
 __device__ __forceinline__ void attend(const AttendArgs& a) {
     start_next_kernel();
-    wait_for_previous_kernel();
+    if (!a.early) wait_for_previous_kernel();
     constexpr int WARPS = Rings<D>::WARPS, PIECES = Rings<D>::PIECES, KEYS = Rings<D>::KEYS, STEPS = D / 16, COPIES = TILE * PIECES / 32, STAGE = 32 * KEYS;
     static_assert(TILE * PIECES % 32 == 0 && D % 16 == 0, "a lane copies whole pieces");
     extern __shared__ __align__(128) uint4 rings[];  // `later` changes bits of addresses.
     __shared__ float maxima[WARPS][8 * N], sums[WARPS][8 * N];
     __shared__ bool last;
     const AttendWork work = a.work[blockIdx.x];
-    if (work.queries == 0) return;
+    if (work.queries == 0) {
+        wait_for_previous_kernel();
+        return;
+    }
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int columns = a.heads_per_kv * work.queries;
 
-    // Column g of each group of 8: the second operand of the scores.
-    uint32_t q[N][STEPS][2];
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        const int column = min(work.first_column + 8 * n + g, columns - 1);  // Columns beyond the last repeat it.
-        const uint32_t* row = static_cast<const uint32_t*>(a.q) + row_of(a, work, column) * (D / 2);
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) q[n][s][0] = row[8 * s + t], q[n][s][1] = row[8 * s + t + 4];
-    }
     // The entries that columns 2 t and 2 t + 1 of each group see. All columns see those from
     // `all_from` to `all_to`.
     int seen_from[N][2], seen_to[N][2];
@@ -214,9 +208,24 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
         }
         commit_copies();
     };
+    // The launch before writes the last entries, and addresses of their blocks. A list does not tell
+    // which tiles have some of them.
+    const bool old = !work.entries && first_of(STAGES - 1) + TILE <= work.len - work.queries;
+    if (!old) wait_for_previous_kernel();
     const char* key = key_of(0);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch(i, i, key), key = key_of(i + 1);
+    wait_for_previous_kernel();
+
+    // Column g of each group of 8: the second operand of the scores.
+    uint32_t q[N][STEPS][2];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const int column = min(work.first_column + 8 * n + g, columns - 1);  // Columns beyond the last repeat it.
+        const uint32_t* row = static_cast<const uint32_t*>(a.q) + row_of(a, work, column) * (D / 2);
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) q[n][s][0] = row[8 * s + t], q[n][s][1] = row[8 * s + t + 4];
+    }
 
     // The addresses of a lane's rows of the first operands.
     const uint32_t key_row = ring + offset_of<D>(lane % 16, lane / 16);

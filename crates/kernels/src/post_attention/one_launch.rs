@@ -103,7 +103,9 @@ pub unsafe fn launch(
         unused: 0,
     };
     let blocks = multiprocessors(stream.context())?;
-    // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses.
-    unsafe { kernel.launch_cooperative(stream, [blocks, 1, 1], &of_kernel) }?;
+    let grid = [blocks, 1, 1];
+    // SAFETY: the arguments are those of the kernel, and the caller guarantees the addresses. If it
+    // starts early, the kernel waits before it reads activations and writes.
+    unsafe { kernel.launch_cooperative(stream, grid, &of_kernel, args.prefetch) }?;
     Ok(())
 }

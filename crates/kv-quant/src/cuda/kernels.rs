@@ -164,7 +164,8 @@ impl AttendKernel {
         2 * self.slots + 2 * heads * columns.div_ceil(self.columns)
     }
 
-    /// Launches attention for the `count` work items of a [`Plan`].
+    /// Launches attention for the `count` work items of a [`Plan`]. `early`: the launch before this one
+    /// in the stream is [`Kernels::fill_rings`], during which attention can start to read records.
     ///
     /// # Errors
     /// [`Error::Mismatch`] for invalid dtypes or numbers of heads; an error of the CUDA driver.
@@ -172,16 +173,26 @@ impl AttendKernel {
     /// # Safety
     /// The addresses must be those of arrays on the stream's device, of the sizes and formats that
     /// the fields of [`AttendArgs`], [`Work`] and [`KvHead`](super::KvHead) give, until the launched work has finished. Tables
-    /// and lengths must stay within the arrays that they describe.
+    /// and lengths must stay within the arrays that they describe. `early` must be as documented.
     pub unsafe fn launch(
         &self,
         stream: &Arc<CudaStream>,
         args: &AttendArgs,
         count: usize,
+        early: bool,
     ) -> Result<()> {
         let args = with_layout(args, self.layout)?;
-        // SAFETY: guaranteed by the caller; the kernel waits first.
-        Ok(unsafe { self.kernel.launch_dependent::<_, u64>(stream, [count, 1, 1], &args, &[]) }?)
+        // SAFETY: guaranteed by the caller. If it starts early, the kernel waits before it reads what
+        // `fill_rings` writes or needs.
+        unsafe {
+            match early {
+                true => {
+                    self.kernel.launch_dependent::<_, u64>(stream, [count, 1, 1], &args, &[])?
+                }
+                false => self.kernel.launch(stream, [count, 1, 1], &args)?,
+            }
+        }
+        Ok(())
     }
 }
 

@@ -101,7 +101,7 @@ impl CudaPool {
     ) -> Result<()> {
         if let Some(prepared) = self.prepared_for(batch)? {
             let launch = (prepared.attend, prepared.columns);
-            return self.launch_attend(q, mask, outputs, launch, prepared.tables);
+            return self.launch_attend(q, mask, outputs, launch, (prepared.tables, true));
         }
         let stream = self.stream();
         let lists = match mask {
@@ -114,7 +114,7 @@ impl CudaPool {
         let plan = self.plan(batch, mask, (entries.address(), &lens))?;
         let tables = self.tables(batch)?;
         let launch = (plan.launch(&stream)?, plan.columns());
-        self.launch_attend(q, mask, outputs, launch, tables.address())
+        self.launch_attend(q, mask, outputs, launch, (tables.address(), false))
     }
 
     /// Returns the plan of attention, which layers with equal lengths share. If there are lists of
@@ -179,13 +179,14 @@ impl CudaPool {
         self.shape.window.filter(|_| mask == Mask::Causal)
     }
 
+    /// Launches attention. `early`: the launch before is that of an append to the same sequences.
     pub(super) fn launch_attend(
         &self,
         q: &Tensor,
         mask: Mask<'_>,
         Outputs { out, lse, scores }: Outputs<'_>,
         (launch, columns): (PlanLaunch, usize),
-        tables: u64,
+        (tables, early): (u64, bool),
     ) -> Result<()> {
         let (shape, head_dim) = (&self.shape, self.shape.head_dim);
         let of_parts = 4 * (launch.max_parts * columns) as u64;
@@ -210,7 +211,7 @@ impl CudaPool {
             out_kind: out_kind(out)?,
             scores: scores.map_or(0, |scores| scores.address),
             scores_row: scores.map_or(0, |scores| scores.row as i32),
-            unused: 0,
+            early: early.into(),
         };
         let size = (launch.items, columns);
         // SAFETY: the tables name blocks of the pool, all arrays have the sizes that the kernel

@@ -71,7 +71,7 @@ impl CudaPool {
         let kernel = self.kernel(batch, queries);
         let launch = self.plan(batch, kernel, mask, &heads.work)?.launch(&self.stream())?;
         let memory = self.memory_on_device(&heads.memory)?;
-        self.launch_attend(kernel, q, mask, state, (launch, memory.address()))
+        self.launch_attend(kernel, q, mask, state, (launch, memory.address()), false)
     }
 
     /// Returns the kernel for a batch of which no sequence has more than `queries` queries.
@@ -105,7 +105,8 @@ impl CudaPool {
         })
     }
 
-    /// Launches attention with a work list and the heads' memory.
+    /// Launches attention with a work list and the heads' memory. `early`: the launch before is that of
+    /// the copy to the rings.
     pub(super) fn launch_attend(
         &self,
         kernel: &AttendKernel,
@@ -113,6 +114,7 @@ impl CudaPool {
         mask: Mask<'_>,
         state: &AttentionState,
         (launch, kv_heads): (PlanLaunch, u64),
+        early: bool,
     ) -> Result<()> {
         let of_outs = 4 * (launch.max_parts * kernel.columns() * self.shape.head_dim) as u64;
         let args = AttendArgs {
@@ -129,7 +131,7 @@ impl CudaPool {
         };
         // SAFETY: the arrays have the sizes that the kernel expects, and a stream runs its
         // operations in order.
-        Ok(unsafe { kernel.launch(&self.stream(), &args, launch.items) }?)
+        Ok(unsafe { kernel.launch(&self.stream(), &args, launch.items, early) }?)
     }
 
     /// Allocates outputs and log-sum-exps.

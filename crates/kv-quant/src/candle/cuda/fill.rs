@@ -97,7 +97,8 @@ impl CudaPool {
             let state = pool.outputs(batch, dtype)?;
             let kernel = pool.kernel(batch, batch.max_seqlen());
             let launch = pool.step_plan(batch, kernel, &step)?.launch(&pool.stream())?;
-            pool.launch_attend(kernel, &q, Mask::Causal, &state, (launch, kv_heads))?;
+            let early = step.first.sizes.entries > 0;
+            pool.launch_attend(kernel, &q, Mask::Causal, &state, (launch, kv_heads), early)?;
             Ok(state)
         });
         if let Err(error) = &done {

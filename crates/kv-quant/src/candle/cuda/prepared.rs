@@ -137,7 +137,7 @@ impl CudaPool {
         let state = self.outputs(batch, dtype)?;
         let kernel = self.kernel(batch, 1);
         let lists = (prepared.attend, prepared.kv_heads);
-        self.launch_attend(kernel, &q, Mask::Causal, &state, lists)?;
+        self.launch_attend(kernel, &q, Mask::Causal, &state, lists, true)?;
         let &Prepared { records, tiles, pack_rows, .. } = prepared;
         if records + tiles > 0 {
             let (kernels, args) = (self.kernels.clone(), FillArgs { rows: pack_rows, ..args });
