@@ -288,6 +288,12 @@ __device__ __forceinline__ void skinny_gemm(const SkinnyGemmArgs& a, const CUten
     }
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define CLUSTERS_OF(CLUSTER) __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERS_OF(CLUSTER)
+#endif
+// Other devices have the kernels, but no code.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define BODY(TYPE, TOKENS, CLUSTER, GATED) skinny_gemm<TYPE, TOKENS, CLUSTER, GATED>(a, &w, &x)
 #else
@@ -296,7 +302,7 @@ __device__ __forceinline__ void skinny_gemm(const SkinnyGemmArgs& a, const CUten
 
 // Grid: thread blocks, a multiple of CLUSTER; at most as many as run at the same time.
 #define KERNEL(NAME, TYPE, TOKENS, CLUSTER, GATED)                                                                                       \
-    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)                                             \
+    extern "C" __global__ void CLUSTERS_OF(CLUSTER) __launch_bounds__(THREADS, 1)                                                        \
         NAME(const __grid_constant__ SkinnyGemmArgs a, const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap x) {   \
         BODY(TYPE, TOKENS, CLUSTER, GATED);                                                                                              \
     }
