@@ -2,9 +2,9 @@
 // before it in the stream has ended. Without the launch attribute these functions do nothing.
 #pragma once
 
-// Lets the next kernel start as soon as it finds free multiprocessors. It still waits for the end of
-// this one. After `wait_for_previous_kernel`, the next kernel may read what kernels before this one
-// have written before it waits.
+// Lets the next kernel start as soon as it finds free multiprocessors. That kernel waits for the end of
+// this one. If this kernel has waited first, all kernels before it have ended, so the next kernel may
+// read their results before it waits.
 __device__ __forceinline__ void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

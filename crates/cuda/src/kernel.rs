@@ -125,24 +125,43 @@ impl Kernel {
         Ok(())
     }
 
-    /// Like [`launch_with`](Self::launch_with), by programmatic dependent launch on compute capability
-    /// 9.0 or later: the kernel may start before the kernel before it in the stream has ended.
+    /// Like [`launch`](Self::launch), by programmatic dependent launch on compute capability 9.0 or
+    /// later: the kernel may start before the kernel before it in the stream has ended.
     ///
     /// # Errors
     /// Errors of the driver.
     ///
     /// # Safety
-    /// As [`launch_with`](Self::launch_with). The kernel must wait (`griddepcontrol.wait`) before it
-    /// reads what earlier kernels write, and before it writes.
-    pub unsafe fn launch_dependent<A: DeviceRepr, B: DeviceRepr>(
+    /// As [`launch`](Self::launch). The kernel must wait (`griddepcontrol.wait`) before it reads what
+    /// earlier kernels write, and before it writes.
+    pub unsafe fn launch_dependent<A: DeviceRepr>(
+        &self,
+        stream: &Arc<CudaStream>,
+        grid: [usize; 3],
+        args: &A,
+    ) -> Result<(), DriverError> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.launch_dependent_with::<A, A>(stream, grid, args, &[]) }
+    }
+
+    /// Like [`launch_dependent`](Self::launch_dependent), for a kernel with more parameters after its
+    /// struct.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    ///
+    /// # Safety
+    /// As [`launch_dependent`](Self::launch_dependent); `more` must be the kernel's further parameters.
+    pub unsafe fn launch_dependent_with<A: DeviceRepr, B: DeviceRepr>(
         &self,
         stream: &Arc<CudaStream>,
         grid: [usize; 3],
         args: &A,
         more: &[B],
     ) -> Result<(), DriverError> {
-        let mut params = vec![std::ptr::from_ref(args).cast_mut().cast()];
-        params.extend(more.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast::<c_void>()));
+        let pointer = |arg: *const c_void| arg.cast_mut();
+        let mut params = vec![pointer(std::ptr::from_ref(args).cast())];
+        params.extend(more.iter().map(|arg| pointer(std::ptr::from_ref(arg).cast())));
         // SAFETY: guaranteed by the caller.
         unsafe { self.launch_extended(stream, grid, &mut params, (true, false)) }
     }
@@ -168,6 +187,10 @@ impl Kernel {
     }
 
     /// Launches with attributes. `params`: pointers to the kernel's parameters.
+    ///
+    /// # Safety
+    /// As [`launch_dependent`](Self::launch_dependent) and
+    /// [`launch_cooperative`](Self::launch_cooperative).
     unsafe fn launch_extended(
         &self,
         stream: &Arc<CudaStream>,

@@ -403,7 +403,7 @@ pub unsafe fn attend(
     let kernel = attend_kernel(stream.context(), half, args.head_dim.max(0) as usize, columns)?;
     // SAFETY: the caller guarantees the addresses; the grid is the one that the kernel expects, which
     // waits first.
-    unsafe { kernel.launch_dependent::<_, u64>(stream, [count, 1, 1], args, &[]) }?;
+    unsafe { kernel.launch_dependent(stream, [count, 1, 1], args) }?;
     Ok(())
 }
 
@@ -449,7 +449,7 @@ pub unsafe fn append(
     let kernel = IMAGE.kernel(stream.context(), "paged_append", APPEND_THREADS, 0)?;
     let blocks = (longest * args.pieces as usize).div_ceil(APPEND_THREADS as usize);
     // SAFETY: the caller guarantees the addresses; the kernel waits first.
-    unsafe { kernel.launch_dependent::<_, u64>(stream, [blocks, rows, 2], args, &[]) }?;
+    unsafe { kernel.launch_dependent(stream, [blocks, rows, 2], args) }?;
     Ok(())
 }
 

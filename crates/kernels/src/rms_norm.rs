@@ -59,6 +59,6 @@ pub unsafe fn rms_norm(
     let kernel = IMAGE.kernel(stream.context(), name, THREADS, 0)?;
     // SAFETY: the arguments are those of the kernel, which waits first, and the caller guarantees the
     // addresses.
-    unsafe { kernel.launch_dependent::<_, u64>(stream, [rows, 1, 1], args, &[]) }?;
+    unsafe { kernel.launch_dependent(stream, [rows, 1, 1], args) }?;
     Ok(())
 }

@@ -80,6 +80,6 @@ pub unsafe fn rope(stream: &Arc<CudaStream>, half: Half, args: &RopeArgs) -> Res
     let grid = [args.tokens.max(0) as usize, (heads * pieces).div_ceil(THREADS as usize), 1];
     // SAFETY: the arguments are those of the kernel, which waits first, and the caller guarantees the
     // addresses.
-    unsafe { kernel.launch_dependent::<_, u64>(stream, grid, args, &[]) }?;
+    unsafe { kernel.launch_dependent(stream, grid, args) }?;
     Ok(())
 }

@@ -113,7 +113,7 @@ pub unsafe fn skinny_gemm(
     let blocks = shape.cluster * tiles.min(shape.clusters);
     // SAFETY: the arguments are those of the kernel, which waits before it reads x and writes y, and
     // without `prefetch` before it reads w; the caller guarantees the addresses.
-    unsafe { shape.kernel.launch_dependent(stream, [blocks, 1, 1], &of_kernel, &maps) }?;
+    unsafe { shape.kernel.launch_dependent_with(stream, [blocks, 1, 1], &of_kernel, &maps) }?;
     Ok(())
 }
 

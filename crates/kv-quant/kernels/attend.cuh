@@ -317,8 +317,8 @@ __device__ __forceinline__ void residual_loop(Running<D, N>& running, const Colu
     }
 }
 
-// Grid: one thread block per item of `work`. A dependent launch reads lists, tables and records before
-// the kernel before it has ended: the copy to the rings, which the queries and ring entries wait for.
+// Grid: one thread block per item of `work`. A dependent launch follows the copy to the rings. It reads
+// lists, tables and records while that kernel runs, and waits before it reads queries and rings.
 template <class L, int N, int WARPS, int STAGES>
 __device__ __forceinline__ void attend(const AttendArgs& args) {
     start_next_kernel();

@@ -35,16 +35,14 @@ impl Scratch {
     /// Calls `f`. On this thread [`empty`] takes memory from the scratch meanwhile, or counts it. Also
     /// returns the scratch.
     pub fn during<T>(self, f: impl FnOnce() -> T) -> (T, Self) {
-        /// Ends the use of the scratch, also after a panic.
-        struct End;
+        /// Ends the use of the scratch, also after a panic. Holds the scratch of an outer call.
+        struct End(Option<Scratch>);
         impl Drop for End {
             fn drop(&mut self) {
-                CURRENT.take();
+                CURRENT.set(self.0.take());
             }
         }
-        let outer = CURRENT.replace(Some(self));
-        debug_assert!(outer.is_none(), "scratches do not nest");
-        let end = End;
+        let end = End(CURRENT.replace(Some(self)));
         let out = f();
         let scratch = CURRENT.take().unwrap_or_default();
         drop(end);
@@ -125,6 +123,18 @@ mod tests {
         // More than was counted is allocated.
         let (more, _) = used.during(|| make(1, DType::F16));
         assert_eq!(starts(&[more, make(1, DType::F16)]), [0, 0]);
+    }
+
+    #[test]
+    fn an_outer_scratch_is_used_again() {
+        let ((inner, _), outer) = Scratch::default().during(|| {
+            make(1, DType::F16);
+            let inner = Scratch::default().during(|| make(2, DType::F16)).1;
+            (inner, make(200, DType::F16))
+        });
+        let used =
+            |scratch: &Scratch| scratch.parts.iter().map(|part| part.used).collect::<Vec<_>>();
+        assert_eq!((used(&inner), used(&outer)), (vec![128], vec![384]));
     }
 
     #[test]

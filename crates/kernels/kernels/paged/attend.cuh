@@ -208,8 +208,8 @@ __device__ __forceinline__ void attend(const AttendArgs& a) {
         }
         commit_copies();
     };
-    // The launch before writes the last entries, and addresses of their blocks. A list does not tell
-    // which tiles have some of them.
+    // The launch before, an append, writes the last entries and the addresses of their blocks. Lists
+    // may contain these entries.
     const bool old = !work.entries && first_of(STAGES - 1) + TILE <= work.len - work.queries;
     if (!old) wait_for_previous_kernel();
     const char* key = key_of(0);

@@ -186,9 +186,7 @@ impl AttendKernel {
         // `fill_rings` writes or needs.
         unsafe {
             match early {
-                true => {
-                    self.kernel.launch_dependent::<_, u64>(stream, [count, 1, 1], &args, &[])?
-                }
+                true => self.kernel.launch_dependent(stream, [count, 1, 1], &args)?,
                 false => self.kernel.launch(stream, [count, 1, 1], &args)?,
             }
         }
@@ -370,7 +368,7 @@ impl Kernels {
         }
         let grid = [entries, rows, 2];
         // SAFETY: guaranteed by the caller; the kernel waits first.
-        Ok(unsafe { self.fill_rings.launch_dependent::<_, u64>(stream, grid, &args, &[]) }?)
+        Ok(unsafe { self.fill_rings.launch_dependent(stream, grid, &args) }?)
     }
 
     /// Launches unpacking of some slots of a kv head.
