@@ -11,8 +11,8 @@ __device__ __forceinline__ void start_next_kernel() {
 #endif
 }
 
-// Waits until the kernels before this one have ended. Every thread that reads what they wrote, or
-// writes what they read, calls it first.
+// Waits until the kernels before this one have ended. Every thread that reads their results, or writes
+// memory that they use, calls it first.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
