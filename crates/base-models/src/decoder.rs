@@ -159,7 +159,8 @@ impl Transformer {
         ids: &Tensor,
         logits: Logits,
     ) -> Result<Tensor> {
-        let Inner { config, device, dtype, embedding, layers, norm, head, .. } = &*self.inner;
+        let Inner { config, device, dtype, embedding, layers, after_attention, norm, head, .. } =
+            &*self.inner;
         let mut x = embedding.embed(ids, *dtype)?;
         if config.embedding_scale != 1.0 {
             x = (x * config.embedding_scale)?;
@@ -168,10 +169,11 @@ impl Transformer {
         let selected = logits == Logits::Last && batch.tokens() > batch.seqs().len();
         let few = batch.tokens() <= PostAttention::MAX_TOKENS;
         let head = head.as_ref().unwrap_or(embedding);
-        for (index, (layer, cache)) in layers.iter().zip(caches).enumerate() {
+        let parts = layers.iter().zip(after_attention).zip(caches);
+        for (index, ((layer, after), cache)) in parts.enumerate() {
             // The logits of selected tokens only are computed below.
             let wanted = few && !(selected && index + 1 == layers.len());
-            let after = self.inner.after_attention[index].as_ref().filter(|_| wanted);
+            let after = after.as_ref().filter(|_| wanted);
             input = layer.forward(input, after, cache.as_mut(), batch)?;
         }
         let x = match input {

@@ -76,10 +76,11 @@ impl PostAttention {
         ];
         for (what, x, expected) in shapes {
             check(what, x, expected)?;
-            #[cfg(feature = "cuda")]
-            if let candle_core::Device::Cuda(device) = x.device() {
-                device.cuda_stream().context().synchronize()?;
-            }
+        }
+        // Only weights that are all on one device are read early.
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(device) = output.device() {
+            device.cuda_stream().context().synchronize()?;
         }
         Ok(Self { weights })
     }

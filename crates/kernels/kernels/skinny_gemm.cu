@@ -63,23 +63,6 @@ __device__ __forceinline__ void copy_tokens(void* to, const CUtensorMap* map, in
         : "memory");
 }
 
-#define REGS4 "%0,%1,%2,%3"
-#define REGS8 REGS4 ",%4,%5,%6,%7"
-#define REGS16 REGS8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define SUMS_4 SUMS4(0)
-#define SUMS_8 SUMS_4, SUMS4(4)
-#define SUMS_16 SUMS_8, SUMS4(8), SUMS4(12)
-template <class T, int N>
-__device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-    constexpr bool f16 = std::is_same<T, __half>::value;
-    if constexpr (N == 8 && f16) WGMMA_SS(8, REGS4, 4, 5, 6, SUMS_4, "f16");
-    if constexpr (N == 8 && !f16) WGMMA_SS(8, REGS4, 4, 5, 6, SUMS_4, "bf16");
-    if constexpr (N == 16 && f16) WGMMA_SS(16, REGS8, 8, 9, 10, SUMS_8, "f16");
-    if constexpr (N == 16 && !f16) WGMMA_SS(16, REGS8, 8, 9, 10, SUMS_8, "bf16");
-    if constexpr (N == 32 && f16) WGMMA_SS(32, REGS16, 16, 17, 18, SUMS_16, "f16");
-    if constexpr (N == 32 && !f16) WGMMA_SS(32, REGS16, 16, 17, 18, SUMS_16, "bf16");
-}
-
 // A chunk of the ring: COLUMNS columns of two boxes of w and of x.
 template <class T, int TOKENS>
 struct Stage {
@@ -177,7 +160,7 @@ struct Consumer {
 #pragma unroll
             for (int k = 0; k < COLUMNS / 16; k++) {
 #pragma unroll
-                for (int box = 0; box < 2; box++) multiply<T, TOKENS>(sums[box], w[box] + 2 * k, x + 2 * k, chunk + k > 0);
+                for (int box = 0; box < 2; box++) wgmma_ss<T, TOKENS>(sums[box], w[box] + 2 * k, x + 2 * k, chunk + k > 0);
             }
             wgmma_commit();
             if (last >= 0) {

@@ -94,7 +94,13 @@ pub unsafe fn skinny_gemm(
     }
     let tokens = rows.next_power_of_two().max(8);
     let rows_of_w = if gated { 2 * out } else { out };
-    let shape = Shape::new(stream, half, tokens, gated, rows_of_w.div_ceil(2 * BOX))?;
+    let kernel = match (gated, half) {
+        (false, Half::F16) => "skinny_gemm_f16",
+        (false, Half::BF16) => "skinny_gemm_bf16",
+        (true, Half::F16) => "skinny_gemm_gated_f16",
+        (true, Half::BF16) => "skinny_gemm_gated_bf16",
+    };
+    let shape = Shape::new(stream, kernel, tokens, rows_of_w.div_ceil(2 * BOX))?;
     let of_kernel = KernelArgs {
         y,
         tokens: rows as i32,
@@ -129,39 +135,32 @@ struct Shape {
 }
 
 impl Shape {
-    /// Chooses the cluster size for which the product takes the shortest time.
-    fn new(
-        stream: &Arc<CudaStream>,
-        half: Half,
-        tokens: usize,
-        gated: bool,
-        tiles: usize,
-    ) -> Result<Self> {
-        let (three, four) =
-            (Self::of(stream, half, tokens, gated, 3)?, Self::of(stream, half, tokens, gated, 4)?);
+    /// Chooses the cluster size for which a product of `tiles` tiles takes the shortest time. `kernel`:
+    /// the kernel's name without its numbers.
+    fn new(stream: &Arc<CudaStream>, kernel: &str, tokens: usize, tiles: usize) -> Result<Self> {
+        let free = max_shared_bytes(stream.context())? as usize - SPARE;
+        let of = |cluster| Self::of(stream, kernel, (tokens, cluster), free);
+        let (three, four) = (of(3)?, of(4)?);
         // All clusters run for as many rounds, and a round takes as long as a thread block's part.
         let time = |shape: &Self| tiles.div_ceil(shape.clusters) as f64 / shape.cluster as f64;
         Ok(if time(&three) < time(&four) { three } else { four })
     }
 
+    /// `free`: bytes of shared memory.
     fn of(
         stream: &Arc<CudaStream>,
-        half: Half,
-        tokens: usize,
-        gated: bool,
-        cluster: usize,
+        kernel: &str,
+        (tokens, cluster): (usize, usize),
+        free: usize,
     ) -> Result<Self> {
-        let context = stream.context();
         let stage = 2 * COLUMNS * (2 * BOX + tokens) + BARRIERS;
         // Two buffers of the partial sums of each warp that adds them, with a barrier.
         let partial = 512 * (cluster - 1) * tokens / 4 + 8;
         let fixed = ALIGN + 2 * WARPS.div_ceil(cluster) * partial;
-        let stages = (max_shared_bytes(context)? as usize - SPARE - fixed) / stage;
+        let stages = (free - fixed) / stage;
+        let name = format!("{kernel}_t{tokens}_c{cluster}");
         let shared = (fixed + stages * stage) as u32;
-        let kind = if half == Half::F16 { "f16" } else { "bf16" };
-        let of = if gated { "gated_" } else { "" };
-        let name = format!("skinny_gemm_{of}{kind}_t{tokens}_c{cluster}");
-        let kernel = IMAGE.kernel(context, &name, THREADS, shared)?;
+        let kernel = IMAGE.kernel(stream.context(), &name, THREADS, shared)?;
         let clusters = kernel.clusters(stream, cluster)?.max(1);
         Ok(Self { kernel, cluster, clusters, stages })
     }

@@ -88,12 +88,18 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* matrix, int 
 // the layout of mma.m16n8k16; b is in shared memory, and its rows are the summed dimension.
 #define SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
+#define SUMS_4 SUMS4(0)
+#define SUMS_8 SUMS_4, SUMS4(4)
+#define SUMS_16 SUMS16(0)
 #define SUMS_32 SUMS16(0), SUMS16(16)
 #define SUMS_40 SUMS_32, SUMS4(32), SUMS4(36)
 #define SUMS_48 SUMS_40, SUMS4(40), SUMS4(44)
 #define SUMS_64 SUMS_48, SUMS16(48)
 #define SUMS_96 SUMS_64, SUMS16(64), SUMS16(80)
 #define SUMS_128 SUMS_96, SUMS16(96), SUMS16(112)
+#define REGS4 "%0,%1,%2,%3"
+#define REGS8 REGS4 ",%4,%5,%6,%7"
+#define REGS16 REGS8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define REGS32 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -126,6 +132,12 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* matrix, int 
 template <class T, int N>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
     constexpr bool f16 = std::is_same<T, __half>::value;
+    if constexpr (N == 8 && f16) WGMMA_SS(8, REGS4, 4, 5, 6, SUMS_4, "f16");
+    if constexpr (N == 8 && !f16) WGMMA_SS(8, REGS4, 4, 5, 6, SUMS_4, "bf16");
+    if constexpr (N == 16 && f16) WGMMA_SS(16, REGS8, 8, 9, 10, SUMS_8, "f16");
+    if constexpr (N == 16 && !f16) WGMMA_SS(16, REGS8, 8, 9, 10, SUMS_8, "bf16");
+    if constexpr (N == 32 && f16) WGMMA_SS(32, REGS16, 16, 17, 18, SUMS_16, "f16");
+    if constexpr (N == 32 && !f16) WGMMA_SS(32, REGS16, 16, 17, 18, SUMS_16, "bf16");
     if constexpr (N == 64 && f16) WGMMA_SS(64, REGS32, 32, 33, 34, SUMS_32, "f16");
     if constexpr (N == 64 && !f16) WGMMA_SS(64, REGS32, 32, 33, 34, SUMS_32, "bf16");
     if constexpr (N == 128 && f16) WGMMA_SS(128, REGS64, 64, 65, 66, SUMS_64, "f16");
